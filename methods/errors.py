@@ -1,0 +1,66 @@
+"""Errors that a user reads as one paragraph: what, where, got, expected, what to do.
+
+`exit_code` is what the command line returns: 2 for wrong usage, configuration or input,
+1 for a run that failed on the way.
+"""
+
+from __future__ import annotations
+
+
+class AssayError(Exception):
+    """Base of every error that assay raises on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", got: object = None, expected: str = "", fix: str = "") -> None:
+        self.what, self.where, self.got, self.expected, self.fix = what, where, got, expected, fix
+        parts = [what.rstrip(".") + "."]
+        if where:
+            parts.append(f"Where: {where}.")
+        if got is not None:
+            parts.append(f"Got: {got}.")
+        if expected:
+            parts.append(f"Expected: {expected}.")
+        if fix:
+            parts.append(f"To fix it: {fix}.")
+        super().__init__(" ".join(parts))
+
+    def __reduce__(self):
+        # Errors cross process borders (parallel runs); the default would pass the finished paragraph as `what`.
+        return _rebuild, (type(self), self.what, self.where, self.got, self.expected, self.fix)
+
+
+def _rebuild(cls, what, where, got, expected, fix):
+    return cls(what, where=where, got=got, expected=expected, fix=fix)
+
+
+class ConfigError(AssayError, ValueError):
+    """A configuration that cannot be right: unknown key, wrong type, refused combination."""
+
+    exit_code = 2
+
+
+class DataError(AssayError, ValueError):
+    """An input file or row that cannot be used."""
+
+    exit_code = 2
+
+
+class RecordError(AssayError, ValueError):
+    """A run record or checkpoint that is damaged, of another version, or of another configuration."""
+
+    exit_code = 2
+
+
+class RunError(AssayError, RuntimeError):
+    """A run that failed on the way (NaN reward, no space, an endpoint that stays down)."""
+
+    exit_code = 1
+
+
+def nearest(word: str, choices, limit: int = 3) -> str:
+    """A hint such as ``did you mean 'ha_dw'?`` or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.5)
+    return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?" if close else ""

@@ -1,0 +1,58 @@
+"""Small tensor routines shared by methods and objectives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STD_EPS = 1e-4  # TRL's group-std convention
+
+
+def nanstd(x: Tensor, dim: int | None = None) -> Tensor:
+    """Bessel-corrected standard deviation over the entries that are not NaN; 0 where only one is left, else NaN."""
+    mean = torch.nanmean(x) if dim is None else torch.nanmean(x, dim=dim, keepdim=True)
+    square = (x - mean) ** 2
+    variance = torch.nanmean(square) if dim is None else torch.nanmean(square, dim=dim)
+    count = (~torch.isnan(x)).sum() if dim is None else (~torch.isnan(x)).sum(dim=dim)
+    correction = torch.where(count > 1, count / (count - 1), torch.zeros_like(variance))
+    return torch.sqrt(variance * correction)
+
+
+def group_stats(values_N: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and Bessel-corrected std of each entry's group, ignoring NaN: (N,), (N,) -> (N,), (N,).
+
+    A group with no valid entry gives NaN; one valid entry gives std 0. Groups may have any sizes and any order.
+    """
+    _, index, sizes = torch.unique_consecutive(group_N, return_inverse=True, return_counts=True)
+    regular = sizes.numel() > 0 and bool((sizes == sizes[0]).all()) and torch.unique(group_N).numel() == sizes.numel()
+    if regular:
+        grouped = values_N.view(-1, int(sizes[0]))
+        mean, std = torch.nanmean(grouped, dim=1), nanstd(grouped, dim=1)
+        return mean[index], std[index]
+    mean_N, std_N = torch.empty_like(values_N), torch.empty_like(values_N)
+    for group in torch.unique(group_N):
+        member = group_N == group
+        mean_N[member], std_N[member] = torch.nanmean(values_N[member]), nanstd(values_N[member])
+    return mean_N, std_N
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over mask == 1; 0 for an empty mask."""
+    return (x * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+def discounted_returns(rewards_ST: Tensor, mask_ST: Tensor, gamma: float = 1.0) -> Tensor:
+    """G_t = rho_t + gamma * G_{t+1} over the model tokens of each row.
+
+    Tokens outside the mask (tool text, padding) neither pay nor discount: the next model token follows directly.
+    """
+    returns = torch.zeros_like(rewards_ST)
+    running = torch.zeros_like(rewards_ST[:, 0])
+    if gamma == 1.0:
+        masked = rewards_ST * mask_ST
+        return masked.flip(1).cumsum(1).flip(1) * mask_ST
+    for t in range(rewards_ST.shape[1] - 1, -1, -1):
+        on = mask_ST[:, t].to(rewards_ST.dtype)
+        running = on * (rewards_ST[:, t] + gamma * running) + (1 - on) * running
+        returns[:, t] = running * on
+    return returns

@@ -1,0 +1,1 @@
+"""Training objectives: how rewards become advantages, and advantages a loss."""

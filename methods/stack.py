@@ -1,0 +1,230 @@
+"""The ordered stack of methods: who is called when, what each needs, and which combinations are refused."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from methods.base import Batch, Context, LossContext, Method, Trajectory
+from methods.controls import Control
+from methods.errors import ConfigError, nearest
+from methods.objectives.base import Objective
+
+OWNED_HOOKS = ("rollout", "base_advantages", "clip_range", "loss")
+# The base advantages pass through these names so that controls work without any method.
+LAYER_SIGNALS = ("advantages",)
+
+
+def overrides(method: Method, hook: str) -> bool:
+    return getattr(type(method), hook) is not getattr(Method, hook)
+
+
+class Stack:
+    """Methods in the written order over one objective. Raises ConfigError for a combination that cannot be right."""
+
+    def __init__(self, methods: Sequence[Method], objective: Objective) -> None:
+        self.methods, self.objective = list(methods), objective
+        self.controls = [m for m in self.methods if isinstance(m, Control)]
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.service_seconds = 0.0  # the bench adds what services spent, so that hooks are not charged for it
+        self._callers = {hook: [m for m in self.methods if overrides(m, hook)] for hook in vars(Method) if hook[0] != "_"}
+        self.check()
+
+    # ---- composition ----
+    def owner(self, hook: str) -> Method | None:
+        return self._callers[hook][0] if self._callers[hook] else None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(self.objective.needs, *(m.needs for m in self.methods))
+
+    def check(self) -> None:
+        names = [m.name for m in self.methods]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"the stack names '{name}' twice", where="method", got=names, fix="name it once")
+        for hook in OWNED_HOOKS:
+            owners = [m.name for m in self._callers[hook]]
+            if len(owners) > 1:
+                raise ConfigError(
+                    f"two methods own the hook `{hook}`",
+                    where="method",
+                    got=" and ".join(owners),
+                    expected="one owner, because their results cannot be merged",
+                    fix=f"drop {' or '.join(owners)} from the stack",
+                )
+        for method in self.methods:
+            self._check_pair(method)
+        self._check_controls()
+        if self.objective.dynamic_sampling and (keepers := [m.name for m in self.methods if m.keeps_dead_groups]):
+            raise ConfigError(
+                f"{keepers[0]} gives groups with equal rewards a signal, dynamic sampling throws them away",
+                where="objective.dynamic_sampling",
+                got=True,
+                fix="set objective.dynamic_sampling=false",
+            )
+
+    def _check_pair(self, method: Method) -> None:
+        o, m = self.objective, method
+        if m.objectives and o.name not in m.objectives:
+            raise ConfigError(
+                f"{m.name} does not run on objective {o.name}",
+                where="objective",
+                got=o.name,
+                expected=" or ".join(m.objectives),
+                fix=f"choose objective={m.objectives[0]}",
+            )
+        if "group_baseline" in m.needs and not o.group_baseline:
+            raise ConfigError(
+                f"{m.name} corrects the group baseline and {o.name} has none",
+                where="objective",
+                got=o.name,
+                expected="an objective with a group baseline",
+                fix="choose objective=grpo",
+            )
+        if m.token_credit and o.ratio_level == "sequence":
+            raise ConfigError(
+                f"{m.name} gives the tokens of a row different credit; a sequence-level ratio would give every"
+                " token of the row the same gradient",
+                where="objective",
+                got=o.name,
+                expected="a token-level ratio",
+                fix="choose objective=gspo_token",
+            )
+        if overrides(m, "clip_range") and not o.clips:
+            raise ConfigError(
+                f"{m.name} sets the clip range and {o.name} does not clip",
+                where="objective",
+                got=o.name,
+                fix="choose objective=grpo, gspo_token or dapo",
+            )
+
+    def _check_controls(self) -> None:
+        known = [f"{m.name}.{s}" for m in self.methods for s in m.signals] + list(LAYER_SIGNALS)
+        for control in self.controls:
+            if control.target not in known:
+                raise ConfigError(
+                    f"the control '{control.name}' targets a signal that nothing in this stack passes",
+                    where=f"method.{control.name}.target",
+                    got=control.target,
+                    expected="one of " + ", ".join(known),
+                    fix=nearest(str(control.target), known) or "name one of these",
+                )
+
+    # ---- calls ----
+    @contextmanager
+    def timed(self, method: Method):
+        start, service = time.perf_counter(), self.service_seconds
+        try:
+            yield
+        finally:
+            self.seconds[method.name] += time.perf_counter() - start - (self.service_seconds - service)
+
+    def _chain(self, hook: str, value: Any, ctx: Any) -> Any:
+        for method in self._callers[hook]:
+            with self.timed(method):
+                value = getattr(method, hook)(value, ctx)
+            if value is None:
+                raise ConfigError(f"the hook `{hook}` of {method.name} returned None", fix="return the value it got")
+        return value
+
+    def signal(self, ctx: Context, name: str, x: Tensor, within: Tensor | None) -> Tensor:
+        for control in self.controls:
+            if control.target == name:
+                x = control.change(x, within, ctx)
+        return x
+
+    def prepare_rows(self, rows: list[Any], ctx: Context) -> list[Any]:
+        out = self._chain("prepare_rows", rows, ctx)
+        if len(out) != len(rows):
+            raise ConfigError("prepare_rows changed the number of rows", got=len(out), expected=str(len(rows)))
+        return out
+
+    def rollout(self, rows: list[Any], ctx: Context, default: Callable[[list[Any]], list[Trajectory]]):
+        owner = self.owner("rollout")
+        if owner is None:
+            return default(rows)
+        with self.timed(owner):
+            return owner.rollout(rows, ctx, default)
+
+    def rewards(self, trajs: list[Trajectory], ctx: Context) -> None:
+        for method in self._callers["rewards"]:
+            with self.timed(method):
+                method.rewards(trajs, ctx)
+
+    def token_rewards(self, trajs: list[Trajectory], ctx: Context) -> None:
+        for method in self._callers["token_rewards"]:
+            with self.timed(method):
+                ctx.token_rewards_ST = method.token_rewards(trajs, ctx)
+
+    def advantages(self, ctx: Context) -> Tensor:
+        owner = self.owner("base_advantages")
+        if owner is None:
+            adv_ST = self.objective.advantages(ctx)
+        else:
+            with self.timed(owner):
+                adv_ST = owner.base_advantages(ctx)
+        assert ctx.batch is not None
+        adv_ST = self.signal(ctx, "advantages", adv_ST, ctx.batch.group_S)
+        adv_ST = self._chain("advantages", adv_ST, ctx)
+        if adv_ST.shape != ctx.batch.adv_ST.shape:
+            raise ConfigError("advantages changed shape", got=tuple(adv_ST.shape), expected=str(tuple(ctx.batch.adv_ST.shape)))
+        return adv_ST
+
+    def select(self, batch: Batch, ctx: Context) -> Batch:
+        return self._chain("select", batch, ctx)
+
+    def loss(self, lctx: LossContext) -> Tensor:
+        """The loss of one micro-batch, divided by the accumulation of its step."""
+        if self._callers["token_advantages"]:
+            seen = lctx.detached
+            lctx.adv_BT = self._chain("token_advantages", lctx.adv_BT, seen)
+        if owner := self.owner("clip_range"):
+            with self.timed(owner):
+                lctx.clip_range = owner.clip_range(lctx)
+        owner = self.owner("loss")
+        if owner is None:
+            loss = self.objective.loss(lctx)
+        else:
+            with self.timed(owner):
+                loss = owner.loss(lctx)
+        for method in self._callers["extra_loss"]:
+            with self.timed(method):
+                term = method.extra_loss(lctx)
+            if term is not None:
+                loss = loss + term * (lctx.share / lctx.accumulation)
+        return loss
+
+    def after_step(self, ctx: Context) -> None:
+        for method in self._callers["after_step"]:
+            with self.timed(method):
+                method.after_step(ctx)
+
+    def eval_metrics(self, trajs: list[Trajectory], ctx: Context) -> dict[str, list[float]]:
+        columns: dict[str, list[float]] = {}
+        for method in self._callers["eval_metrics"]:
+            columns.update(method.eval_metrics(trajs, ctx))
+        return columns
+
+    def metrics(self) -> dict[str, float]:
+        return {f"{m.name}/{k}": v for m in self._callers["metrics"] for k, v in m.metrics().items()}
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds spent in each method since the last call, services excluded."""
+        taken = {m.name: self.seconds.get(m.name, 0.0) for m in self.methods}
+        self.seconds.clear()
+        return taken
+
+    # ---- state ----
+    def state_dict(self) -> dict[str, Any]:
+        return {"objective": self.objective.state_dict(), "methods": {m.name: m.state_dict() for m in self.methods}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.objective.load_state_dict(state["objective"])
+        for method in self.methods:
+            method.load_state_dict(state["methods"][method.name])
