@@ -1,0 +1,136 @@
+"""Plain steps between rollouts and tensors: scoring, dead groups, filling up, slices, samples for the record."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods.base import Batch, Context, Trajectory
+from methods.errors import RunError
+
+
+def score(trajs: list[Trajectory], specs, step: int) -> None:
+    """Fills `traj.rewards`. Raises RunError for an infinite reward, or if no rollout of the batch can be scored.
+
+    A reward that does not apply (None) becomes NaN; a trajectory with only NaN rewards gets advantage 0.
+    """
+    texts, rows = [t.text for t in trajs], [t.row for t in trajs]
+    for spec in specs:
+        for t, value in zip(trajs, spec.fn(texts, rows), strict=True):
+            value = math.nan if value is None else float(value)
+            if math.isinf(value):
+                raise RunError(
+                    f"the reward '{spec.name}' is infinite",
+                    where=f"step {step}, row {t.row_id}",
+                    got=value,
+                    expected="a finite number, or None where the reward does not apply",
+                    fix="repair the reward function; the run goes on from its last checkpoint",
+                )
+            t.rewards[spec.name] = value
+    if specs and all(math.isnan(v) for t in trajs for v in t.rewards.values()):
+        raise RunError(
+            "every reward of the batch is NaN",
+            where=f"step {step}, rewards {', '.join(s.name for s in specs)}",
+            got=f"{len(trajs)} rollouts without a single number",
+            expected="at least one rollout that can be scored",
+            fix="repair the reward function; the run goes on from its last checkpoint",
+        )
+
+
+def group_rows(trajs: list[Trajectory]) -> dict[int, list[Trajectory]]:
+    groups: dict[int, list[Trajectory]] = {}
+    for t in trajs:
+        groups.setdefault(t.group_id, []).append(t)
+    return groups
+
+
+def dead_groups(trajs: list[Trajectory], names: list[str]) -> list[int]:
+    """Ids of groups in which every named reward is equal over all rollouts (NaN ignored): no group signal."""
+    dead = []
+    for group, members in group_rows(trajs).items():
+        values = [{t.rewards[n] for t in members if n in t.rewards and not math.isnan(t.rewards[n])} for n in names]
+        if all(len(v) <= 1 for v in values):
+            dead.append(group)
+    return dead
+
+
+def replace_groups(kept: list[Trajectory], dead: list[int], drawn: list[Trajectory], names: list[str]):
+    """Puts live groups of a new draw in the places of dead ones; what cannot be replaced stays."""
+    drawn_groups = group_rows(drawn)
+    live = [g for g in drawn_groups if g not in dead_groups(drawn, names)]
+    new_for_old = dict(zip(dead, live, strict=False))
+    out = []
+    for group, members in group_rows(kept).items():
+        out += drawn_groups[new_for_old[group]] if group in new_for_old else members
+    return out
+
+
+def fill(batch: Batch, slices: int, accelerator) -> Batch:
+    """Fully masked rows up to a multiple of `slices`, equal over ranks, and row weights that sum to `slices`.
+
+    TRL cuts a generation into `slices` equal parts and silently drops a remainder. Weights are normalised over
+    all processes, so that a mean over rows does not count the fillers.
+    """
+    device = batch.adv_ST.device
+    rows = torch.tensor([batch.rows], device=device)
+    target = max(int(-(-int(accelerator.gather(rows).max()) // slices) * slices), slices)
+    weight_S = torch.ones(batch.rows, device=device) if batch.row_weight_S is None else batch.row_weight_S.float()
+    total = accelerator.gather(weight_S.sum().reshape(1)).sum().clamp(min=1e-12)
+    batch.row_weight_S = weight_S * (slices * accelerator.num_processes / total)
+    missing = target - batch.rows
+    if missing == 0:
+        return batch
+    if batch.rows == 0:
+        raise RunError("select returned an empty batch", where="the last method with a select hook")
+    filler = batch.take([0] * missing) if len(batch.trajs) == batch.rows else _first_rows(batch, missing)
+    filler.model_mask_ST = torch.zeros_like(filler.model_mask_ST)
+    filler.adv_ST = torch.zeros_like(filler.adv_ST)
+    filler.row_weight_S = torch.zeros(missing, device=device)
+    return batch.concat(filler)
+
+
+def _first_rows(batch: Batch, count: int) -> Batch:
+    index = torch.zeros(count, dtype=torch.long, device=batch.adv_ST.device)
+    return batch.with_tensors({k: v[index] for k, v in batch.tensors().items()}, [batch.trajs[0]])
+
+
+def row_slice(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Rows start:stop of TRL's dict; an empty part keeps one fully masked row, so that every rank has a backward."""
+    rows = inputs["completion_ids"].size(0)
+    empty = start >= rows
+    window = slice(0, 1) if empty else slice(start, stop)
+    part = {k: v[window] if v.dim() else v for k, v in inputs.items()}
+    if empty:
+        part["tool_mask"] = torch.zeros_like(part["tool_mask"])
+        part["row_weight"] = torch.zeros_like(part["row_weight"])
+    return part
+
+
+def samples(ctx: Context, tokenizer, keep: int) -> list[dict[str, Any]]:
+    """The first rollouts of the generation as records for the sample browser: first row of each trajectory."""
+    batch = ctx.batch
+    assert batch is not None
+    stride = max(1, len(ctx.trajs) // max(keep, 1))
+    out = []
+    for i in range(0, len(ctx.trajs), stride)[:keep]:
+        t = ctx.trajs[i]
+        row = int((batch.traj_S == i).nonzero()[0])
+        ids = t.segments[0].completion_ids
+        out.append(
+            {
+                "step": ctx.step,
+                "row_id": t.row_id,
+                "group_id": t.group_id,
+                "tier": getattr(t.row, "tier", "all"),
+                "prompt": tokenizer.decode(t.segments[0].prompt_ids),
+                "completion": t.text,
+                "tokens": [tokenizer.decode([token]) for token in ids],
+                "advantages": [round(a, 6) for a in batch.adv_ST[row, : len(ids)].tolist()],
+                "rewards": dict(t.rewards),
+                "finish": t.finish,
+            }
+        )
+    return out

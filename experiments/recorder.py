@@ -1,0 +1,136 @@
+"""The one callback that all trainers share: metrics, evaluations, checkpoints, stop signals, progress."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from experiments import checkpoints
+from experiments.records import RunWriter
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """First SIGINT, SIGTERM or SIGUSR1: stop after a checkpoint; a second one: stop at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt(number)
+        self.received = number
+        print("stopping at the next generation boundary, with a checkpoint (again to stop at once)", file=sys.stderr)
+
+
+class Recorder(TrainerCallback):
+    """Writes one run's record while HF's loop runs.
+
+    state: the trainer's state beside the policy, for checkpoints. evaluate(step): rows for eval.parquet and extra
+    metrics, or None. boundary: steps between points at which the run may be cut.
+    """
+
+    def __init__(
+        self,
+        writer: RunWriter,
+        *,
+        state: Callable[[], dict],
+        evaluate: Callable[[int], tuple[Any, dict[str, float]] | None],
+        boundary: int,
+        eval_every: int,
+        keep: int,
+        stop: StopSignals,
+        progress: Callable[[int, int, dict], None],
+    ) -> None:
+        self.writer, self.state_fn, self.evaluate_fn = writer, state, evaluate
+        self.boundary, self.eval_every, self.keep = boundary, eval_every, keep
+        self.stop, self.progress = stop, progress
+        self.seconds = 0.0  # training time of earlier sittings
+        self._mark = time.perf_counter()
+        self._logged_at = (0, 0.0)
+        self.step = 0
+        self.last_logs: dict[str, float] = {}
+        self.extra: dict[str, float] = {}
+
+    # ---- time: evaluation and checkpoints are not training ----
+    def _pause(self) -> None:
+        self.seconds += time.perf_counter() - self._mark
+
+    def _go(self) -> None:
+        self._mark = time.perf_counter()
+
+    @property
+    def total_seconds(self) -> float:
+        return self.seconds + time.perf_counter() - self._mark
+
+    def state(self) -> dict:
+        return {"trainer": self.state_fn(), "seconds": self.total_seconds}
+
+    # ---- HF's events ----
+    def on_train_begin(self, args, state, control, **kw):
+        self._go()
+        if state.global_step == 0:
+            self._evaluate(0)
+        self._logged_at = (state.global_step, self.total_seconds)
+
+    def on_step_end(self, args, state, control, **kw):
+        self.step = step = state.global_step
+        due = self.eval_every and step % self.eval_every == 0
+        if due or step >= args.max_steps:
+            self._evaluate(step)
+        if self.stop.received is not None and step % self.boundary == 0:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_log(self, args, state, control, logs=None, **kw):
+        if not logs or "train_runtime" in logs:
+            return
+        step, total = state.global_step, self.total_seconds
+        before_step, before = self._logged_at
+        timing = {"time/step": (total - before) / max(step - before_step, 1), "time/total": total}
+        self._logged_at = (step, total)
+        drop = ("epoch", "num_tokens", "step_time", "step")
+        values = {k: v for k, v in logs.items() if k not in drop and isinstance(v, (int, float))}
+        self.last_logs = {**values, **self.extra, **timing}
+        self.writer.log(step, self.last_logs)
+        self.extra = {}
+        self.progress(step, args.max_steps, self.last_logs)
+
+    def on_save(self, args, state, control, **kw):
+        if not state.is_world_process_zero:
+            return
+        self._pause()
+        self._go()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        checkpoints.seal(folder, self.state(), self.keep)
+        self.writer.update(step=state.global_step)
+        self._go()
+
+    def _evaluate(self, step: int) -> None:
+        self._pause()
+        if (result := self.evaluate_fn(step)) is not None:
+            rows, extra = result
+            self.writer.eval(rows, step)
+            self.extra |= {k: v for k, v in extra.items() if math.isfinite(v)}
+            if step == 0:
+                self.extra = {}
+        self._go()

@@ -1,0 +1,321 @@
+"""One training run, from a composed configuration to a finished record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import batching, checkpoints
+from experiments.files import os_errors
+from experiments.records import RunWriter, load_run
+from experiments.seeds import derive
+from methods.errors import AssayError, ConfigError, DataError, RecordError, RunError, nearest
+
+# What does not change the numbers of a run, and so does not make its record another one's.
+BOOKKEEPING = ("results_dir", "overwrite", "name", "jobs", "record", "experiment", "arm")
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+@dataclass
+class PromptWrapper:
+    """A row's prompt as TRL tokenises it: messages for a chat model, plain text otherwise."""
+
+    chat: bool
+
+    def __call__(self, prompt: Any) -> Any:
+        if self.chat:
+            return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            return prompt
+        raise ConfigError(
+            "the task gives chat messages and the model has no chat template",
+            where="model",
+            fix="choose a chat model, or model.chat=true for model=tiny",
+        )
+
+
+# ---------------------------------------------------------------- checking, before anything starts
+
+
+def build_stack(cfg: DictConfig):
+    """The stack of `cfg.method` over `cfg.objective`. ConfigError for a refused combination."""
+    from hydra.utils import instantiate
+
+    from methods.stack import Stack
+
+    methods = [instantiate(node) for node in (cfg.method or {}).values()]
+    return Stack(methods, instantiate(cfg.objective))
+
+
+def is_supervised(cfg: DictConfig) -> bool:
+    return cfg.objective.get("trainer", "grpo") == "sft"
+
+
+def check(cfg: DictConfig) -> None:
+    """Everything that can be refused without loading a model; the command line calls it for every run of a sweep."""
+    if is_supervised(cfg):
+        if cfg.method:
+            raise ConfigError("methods hook into RL; sft has none", where="method", got=list(cfg.method), fix="method=[]")
+        return
+    batches = batching.plan(cfg.trainer)
+    batching.log_every(cfg, batches)
+    if cfg.trainer.lr_schedule not in SCHEDULES:
+        raise ConfigError(
+            "unknown learning-rate schedule",
+            where="trainer.lr_schedule",
+            got=cfg.trainer.lr_schedule,
+            expected=", ".join(SCHEDULES),
+            fix=nearest(str(cfg.trainer.lr_schedule), SCHEDULES),
+        )
+    stack = build_stack(cfg)
+    if batches.group_size == 2 and any(m.name == "ha_dw" for m in stack.methods):
+        print("note: with two rollouts per prompt HA-DW cannot tell difficulty apart; use 4 or more", file=sys.stderr)
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    return Path(cfg.results_dir) / "raw" / str(cfg.experiment or "adhoc") / str(cfg.arm or "run") / f"seed{cfg.seed}"
+
+
+def config_hash(cfg: DictConfig) -> str:
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    plain = {k: v for k, v in plain.items() if k not in BOOKKEEPING}
+    return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+# ---------------------------------------------------------------- the run
+
+
+def run(cfg: DictConfig) -> Path:
+    """Trains, evaluates and records one run; returns its folder.
+
+    A finished run of the same configuration is returned as it is, an unfinished one goes on from its last
+    checkpoint. RecordError if the folder holds another configuration; KeyboardInterrupt(signal) after a stop.
+    """
+    path, digest = run_folder(cfg), config_hash(cfg)
+    if cfg.overwrite and path.exists():
+        shutil.rmtree(path)
+    if (path / "run.json").exists() and _is_done(path, digest, cfg):
+        print(f"{path}: finished earlier, skipped", file=sys.stderr)
+        return path
+    check(cfg)
+    meta = {
+        "command": "train",
+        "experiment": cfg.experiment,
+        "arm": cfg.arm,
+        "seed": cfg.seed,
+        "pair": f"seed{cfg.seed}",
+        "config_hash": digest,
+        "argv": sys.argv[1:],
+        "parent": cfg.model.get("init"),
+    }
+    limits = {"max_samples": cfg.record.max_samples, "samples_per_step": cfg.record.samples_per_step}
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    writer = RunWriter.open(path, meta, resolved, **limits)
+    try:
+        with os_errors(path):
+            _train(cfg, writer)
+    except KeyboardInterrupt:
+        writer.fail("interrupted", "stopped by a signal")
+        raise
+    except AssayError as error:
+        writer.fail("failed", str(error))
+        raise
+    except Exception as error:
+        writer.fail("failed", f"{type(error).__name__}: {error}")
+        raise RunError(
+            f"the run failed with {type(error).__name__}",
+            where=str(path),
+            got=str(error),
+            fix="--debug shows the traceback; the same line again goes on from the last checkpoint",
+        ) from error
+    return path
+
+
+def _is_done(path: Path, digest: str, cfg: DictConfig) -> bool:
+    earlier = load_run(path)
+    if earlier.run.get("config_hash") != digest:
+        changed = _changed_keys(earlier.config, OmegaConf.to_container(cfg, resolve=True))
+        raise RecordError(
+            "this folder holds the record of another configuration",
+            where=str(path),
+            got="different " + ", ".join(changed[:6]) if changed else "another version of the configuration",
+            fix="give the run another name=..., or overwrite=true to throw the old record away",
+        )
+    return earlier.finished
+
+
+def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [prefix.rstrip(".")] if old != new else []
+    keys = [k for k in {**old, **new} if prefix or k not in BOOKKEEPING]
+    return [c for k in keys for c in _changed_keys(old.get(k), new.get(k), f"{prefix}{k}.")]
+
+
+def _train(cfg: DictConfig, writer: RunWriter) -> None:
+    from hydra.utils import instantiate
+
+    from experiments.recorder import StopSignals
+
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    task = instantiate(cfg.task)
+    loaded = instantiate(cfg.model).load(task, cfg.seed, results_dir=cfg.results_dir)
+    threads_for(loaded)
+    rows = task.rows("train", cfg.seed)
+    with StopSignals() as stop:
+        if is_supervised(cfg):
+            from experiments.supervised import train
+
+            train(cfg, writer, task, loaded, rows, stop)
+        else:
+            _train_rl(cfg, writer, task, loaded, rows, stop)
+
+
+def threads_for(loaded) -> None:
+    """One thread for models under 2 M weights on a CPU: more are slower, and two runs fit side by side."""
+    import torch
+
+    if loaded.parameters < 2_000_000 and not torch.cuda.is_available():
+        torch.set_num_threads(1)
+
+
+def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> None:
+    from hydra.utils import instantiate
+    from transformers import PrinterCallback
+
+    from experiments import measure, rewards
+    from experiments.progress import Progress
+    from experiments.recorder import Recorder
+
+    batches = batching.plan(cfg.trainer)
+    if len(rows) < batches.prompts_per_generation:
+        raise DataError(
+            "the task has too few training rows",
+            where="task",
+            got=f"{len(rows)} rows",
+            expected=f"at least {batches.prompts_per_generation}, the prompts of one generation",
+            fix="lower trainer.prompts_per_step or give more rows",
+        )
+    trainer = build_trainer(cfg, batches, task, loaded, rows, rewards.build(cfg.reward, task), writer.path / "checkpoints")
+    if cfg.get("judge"):
+        trainer.services.attach_judge(instantiate(cfg.judge))
+    trainer.remove_callback(PrinterCallback)
+    meter = measure.Measure(trainer, cfg, writer.path)
+    with Progress(writer.path, str(batches)) as progress:
+        recorder = Recorder(
+            writer,
+            state=trainer.state_dict,
+            evaluate=meter,
+            boundary=batching.log_every(cfg, batches),
+            eval_every=cfg.eval.every,
+            keep=cfg.trainer.keep_checkpoints,
+            stop=stop,
+            progress=progress,
+        )
+        trainer.attach(recorder, writer.sample)
+        resume = resume_from(writer, recorder, trainer.load_state_dict)
+        meter.prepare()
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stop.received is not None and trainer.state.global_step < cfg.trainer.max_steps:
+        raise KeyboardInterrupt(stop.received)
+    finish(writer, loaded, trainer.accelerator.unwrap_model(trainer.model), recorder, trainer.state_dict(), trainer.cost)
+
+
+def resume_from(writer: RunWriter, recorder, load_state) -> Path | None:
+    """The checkpoint to go on from (state loaded, record cut back to it), or None for a start from the beginning."""
+    folder = writer.path / "checkpoints"
+    checkpoint = checkpoints.latest(folder)
+    step = checkpoints.step_of(checkpoint) if checkpoint else 0
+    if checkpoint:
+        state = checkpoints.read_state(checkpoint)
+        load_state(state["trainer"])
+        recorder.seconds = state["seconds"]
+        print(f"going on from step {step}", file=sys.stderr)
+        writer.cut(step)
+    else:
+        writer.cut(-1)
+    return checkpoint
+
+
+def finish(writer: RunWriter, loaded, model, recorder, state: dict, cost: dict) -> None:
+    """Exports the model with its methods' state, writes the summary, drops the checkpoints."""
+    from experiments.weights import export
+
+    folder = export(model, loaded.tokenizer, writer.path / "model")
+    checkpoints.write_state(folder, {"trainer": state, "seconds": recorder.total_seconds})
+    last = {k: v for k, v in recorder.last_logs.items() if isinstance(v, (int, float))}
+    writer.update(step=recorder.step)
+    writer.finish(last, {**cost, "seconds": recorder.total_seconds, "warm_start_tokens": loaded.trained_tokens})
+    shutil.rmtree(writer.path / "checkpoints", ignore_errors=True)
+
+
+def build_trainer(cfg: DictConfig, batches: batching.BatchPlan, task, loaded, rows, reward_specs, folder: Path):
+    """The trainer of one run; `folder` takes its checkpoints."""
+    from transformers import set_seed
+    from trl import GRPOConfig
+
+    from experiments.trainer import AssayTrainer
+
+    t = cfg.trainer
+    stack = build_stack(cfg)
+    seed = derive(cfg.seed, "train") % 2**31
+    set_seed(seed)
+    args = GRPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=batches.rows_per_device,
+        gradient_accumulation_steps=batches.accumulation,
+        steps_per_generation=batches.slices,
+        num_generations=batches.group_size,
+        num_iterations=batches.iterations,
+        max_completion_length=t.max_completion_tokens or task.max_completion_tokens,
+        max_steps=t.max_steps,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=SCHEDULES[t.lr_schedule],
+        warmup_steps=t.warmup_steps,
+        weight_decay=t.weight_decay,
+        adam_beta2=t.adam_beta2,
+        max_grad_norm=t.max_grad_norm,
+        temperature=t.temperature,
+        top_p=t.top_p,
+        beta=stack.objective.beta,
+        scale_rewards=stack.objective.scale_rewards,
+        loss_type="grpo",  # unused: the objective computes the loss; TRL warns about odd pairs of its own
+        logging_steps=batching.log_every(cfg, batches),
+        save_strategy="steps",
+        save_steps=t.save_every or t.max_steps,
+        report_to=cfg.record.report_to,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=seed,
+        **device_arguments(cfg.scale),
+    )
+    return AssayTrainer(
+        stack=stack,
+        rows=rows,
+        rewards=reward_specs,
+        task=task,
+        wrap_prompt=PromptWrapper(loaded.chat),
+        seed=cfg.seed,
+        args=args,
+        model=loaded.model,
+        processing_class=loaded.tokenizer,
+    )
+
+
+def device_arguments(scale: DictConfig) -> dict[str, Any]:
+    """use_cpu, bf16 and gradient_checkpointing of TrainingArguments from the scale group."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if scale.device == "gpu" and not has_gpu:
+        raise ConfigError("there is no GPU here", where="scale.device", got="gpu", fix="scale=cpu or scale=auto")
+    gpu = has_gpu if scale.device == "auto" else scale.device == "gpu"
+    bf16 = gpu if scale.bf16 == "auto" else bool(scale.bf16)
+    return {"use_cpu": not gpu, "bf16": bf16, "gradient_checkpointing": scale.gradient_checkpointing}

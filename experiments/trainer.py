@@ -1,0 +1,419 @@
+"""TRL's GRPOTrainer driven by an objective and a stack of methods. The only file that touches TRL's private names.
+
+One generation: `prepare_rows -> rollout -> rewards` (repeated by dynamic sampling) `-> assemble -> token_rewards ->
+base_advantages -> advantages -> select -> fill`, then TRL shuffles and slices. One micro-batch: forward,
+`token_advantages -> clip_range -> loss -> extra_loss`. TRL keeps the loop, the generation back-ends, the fused
+log-prob forward, the reference model, checkpoints and the data order.
+
+Not carried over from TRL and therefore not offered: vision inputs, entropy bonus and entropy masks, off-policy
+masks, MoE auxiliary loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from datasets import Dataset
+from packaging.version import Version
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from experiments import collect
+from experiments.services import BenchServices
+from methods.base import Batch, Context, LossContext, Segment, Trajectory, Turn, assemble
+from methods.errors import ConfigError
+from methods.stack import Stack
+
+SAMPLES_PER_STEP = 4
+TRL_RANGE = ("1.15", "1.17")
+RELIED_ON = {
+    "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations"),
+    "_generate_and_score_completions": ("inputs",),
+    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
+    "_tokenize_prompts": ("prompts",),
+    "_compute_loss": ("model", "inputs"),
+    "_prepare_inputs": ("generation_batch",),
+    "_save_checkpoint": ("model", "trial"),
+    "log": ("logs", "start_time"),
+}
+
+
+def self_check() -> list[str]:
+    """What has moved in TRL, one line each; an empty list when everything relied on is in place."""
+    problems = []
+    low, high = TRL_RANGE
+    if not Version(low) <= Version(version("trl")) < Version(high):
+        problems.append(f"trl {version('trl')} is outside the tested range >={low},<{high}")
+    for name, parameters in RELIED_ON.items():
+        method = getattr(GRPOTrainer, name, None)
+        if method is None:
+            problems.append(f"GRPOTrainer.{name} is gone")
+            continue
+        found = inspect.signature(method).parameters
+        problems += [f"GRPOTrainer.{name} lost its parameter '{p}'" for p in parameters if p not in found]
+    return problems
+
+
+def require_trl() -> None:
+    if problems := self_check():
+        raise ConfigError(
+            "this TRL is not the one assay was written for",
+            where="the installed package trl",
+            got="; ".join(problems),
+            expected=f"trl >={TRL_RANGE[0]},<{TRL_RANGE[1]}",
+            fix="pip install -c constraints.txt trl",
+        )
+
+
+def _unused_reward(**_) -> list[float]:
+    raise AssertionError("rewards are computed by the stack")
+
+
+class _AfterStep(TrainerCallback):
+    """Callbacks do not get the trainer, so this one is given it."""
+
+    def __init__(self, trainer: AssayTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kw):
+        if self.trainer.last_ctx is not None:
+            self.trainer.last_ctx.step = state.global_step
+            self.trainer.stack.after_step(self.trainer.last_ctx)
+
+
+class AssayTrainer(GRPOTrainer):
+    """GRPOTrainer whose generation, scoring and loss go through a Stack.
+
+    rows: training rows (experiments.tasks.base.Row). rewards: ordered RewardSpecs. scorer: the task, for
+    ctx.score. wrap_prompt: turns a row's prompt into what TRL tokenises (string or messages).
+    """
+
+    def __init__(self, *, stack: Stack, rows, rewards, task, wrap_prompt, seed: int, args: GRPOConfig, **kw):
+        require_trl()
+        self.stack, self.rows, self.reward_specs, self.task = stack, rows, rewards, task
+        self.wrap_prompt = wrap_prompt
+        self.meter: dict[str, list[Any]] = defaultdict(list)
+        self.cost = {k: 0 for k in ("generated_tokens", "trained_tokens", "forwarded_tokens", "judge_calls")}
+        self._write_sample: Callable[[dict], Any] | None = None
+        self.last_ctx: Context | None = None
+        self.stream_position = 0  # prompts that dynamic sampling has drawn beside the data order
+        dataset = Dataset.from_dict({"prompt": [""] * len(rows), "index": list(range(len(rows)))})
+        super().__init__(args=args, train_dataset=dataset, reward_funcs=[_unused_reward], **kw)
+        self.objective_modules = torch.nn.ModuleDict(stack.objective.modules()).to(self.accelerator.device)
+        self._hidden: Tensor | None = None
+        self.services = BenchServices(self, task, seed)
+        if "hidden" in stack.needs:
+            self.accelerator.unwrap_model(self.model).get_decoder().register_forward_hook(self._catch_hidden)
+
+    def attach(self, recorder, write_sample) -> None:
+        """Hangs the record on this trainer: the callback, and where samples go."""
+        self._write_sample = write_sample
+        self.add_callback(_AfterStep(self))
+        self.add_callback(recorder)
+
+    # ---- one generation ----
+    @property
+    def period(self) -> int:
+        """Optimiser steps that one generation serves; state is exact only at its multiples."""
+        return max(1, self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps)
+
+    def new_context(self, mode: str) -> Context:
+        step = self.state.global_step
+        ctx = Context(mode=mode, step=step, round=step // self.period, group_size=self.num_generations, services=self.services)
+        ctx.reward_names = [r.name for r in self.reward_specs]
+        ctx.reward_roles = [r.role for r in self.reward_specs]
+        ctx.reward_weights = [r.weight for r in self.reward_specs]
+        ctx.signal_fn = self.stack.signal
+        return ctx
+
+    def _generate_and_score_completions(self, inputs):
+        started = time.perf_counter()
+        ctx = self.new_context("train")
+        self._draw([self.rows[i["index"]] for i in inputs], ctx)
+        ctx.rewards_all = {name: ctx.reward(name) for name in ctx.reward_names}
+        if self.stack.objective.dynamic_sampling:
+            self._redraw_dead_groups(ctx)
+        batch = assemble(ctx.trajs, self._tokenizer.pad_token_id, self.accelerator.device)
+        ctx.batch = batch
+        self._forward_needs(batch)
+        self.stack.token_rewards(ctx.trajs, ctx)
+        batch.adv_ST = self.stack.advantages(ctx)
+        self._log_generation(ctx)
+        selected = self.stack.select(batch, ctx)
+        output = self._to_inputs(batch, selected)
+        self.last_ctx = ctx
+        self.meter["time/generation"].append(time.perf_counter() - started)
+        return output
+
+    def _draw(self, rows, ctx: Context, first_group: int = 0) -> None:
+        """prepare_rows, rollout and rewards of one draw; fills ctx.rows and ctx.trajs."""
+        ctx.rows = self.stack.prepare_rows(rows, ctx)
+        ctx.trajs = self.stack.rollout(ctx.rows, ctx, self.default_rollout)
+        if first_group:
+            for t in ctx.trajs:
+                t.group_id += first_group
+        self.cost["generated_tokens"] += sum(t.length for t in ctx.trajs if not t.is_demo)
+        collect.score(ctx.trajs, self.reward_specs, step=ctx.step)
+        self.stack.rewards(ctx.trajs, ctx)
+
+    def tokenize(self, prompts) -> list[list[int]]:
+        """Prompt ids as in training: chat template for a chat model, plain text otherwise."""
+        return self._tokenize_prompts([self.wrap_prompt(p) for p in prompts])[0]
+
+    def default_rollout(self, rows) -> list[Trajectory]:
+        """One generation per row; row i belongs to group i // G."""
+        prompts = [self.wrap_prompt(row.prompt) for row in rows]
+        G = self.num_generations
+        with self.services.counted("generation"):
+            prompt_ids, images, fields = self._tokenize_prompts(prompts)
+            completion_ids, logprobs = self._generate_single_turn(prompt_ids, images, fields, G)
+        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        rank_offset = self.accelerator.process_index * (len(rows) // G)
+        return [
+            Trajectory(
+                row_id=row.id,
+                group_id=rank_offset + i // G,
+                sample_id=i % G,
+                segments=[Segment(prompt_ids[i], completion_ids[i], logprobs[i] if logprobs else None)],
+                turns=[Turn(0, 0, len(completion_ids[i]))],
+                finish="stop" if completion_ids[i][-1] in ends else "length",
+                text=texts[i],
+                row=row,
+            )
+            for i, row in enumerate(rows)
+        ]
+
+    def _redraw_dead_groups(self, ctx: Context) -> None:
+        """Dynamic sampling: groups whose rewards are all equal are replaced by new prompts, up to max_draws draws."""
+        kept, every = ctx.trajs, [ctx.trajs]
+        draws = 1
+        dead = collect.dead_groups(kept, ctx.reward_names)
+        while self._any_rank(bool(dead)) and draws < self.stack.objective.max_draws:
+            rows = self._fresh_rows(max(len(dead), 1))
+            offset = (draws * self.accelerator.num_processes) * len(self.rows)
+            self._draw([row for row in rows for _ in range(self.num_generations)], ctx, first_group=offset)
+            every.append(ctx.trajs)
+            kept = collect.replace_groups(kept, dead, ctx.trajs, ctx.reward_names)
+            dead = collect.dead_groups(kept, ctx.reward_names)
+            draws += 1
+        ctx.trajs = [t for draw in every for t in draw]
+        ctx.rewards_all = {name: ctx.reward(name) for name in ctx.reward_names}
+        ctx.trajs = kept
+        ctx.rows = [t.row for t in kept]
+        self.meter["groups/draws"].append(draws)
+
+    def _fresh_rows(self, count: int):
+        start = self.stream_position + self.accelerator.process_index
+        order = self.services.order(len(self.rows), "dynamic_sampling")
+        self.stream_position += count * self.accelerator.num_processes
+        return [self.rows[order[(start + k * self.accelerator.num_processes) % len(order)]] for k in range(count)]
+
+    def _any_rank(self, flag: bool) -> bool:
+        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device)).any())
+
+    # ---- forwards ----
+    def _forward_needs(self, batch: Batch) -> None:
+        """Old log-probs, entropies and reference log-probs: each computed once for the whole stack, where needed."""
+        needs = self.stack.needs
+        misaligned = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
+        with torch.no_grad():
+            if misaligned or needs & {"old_logps", "entropies"}:
+                batch.old_logps_ST, batch.entropies_ST = self.score_tokens(batch, entropies="entropies" in needs)
+            if self.beta != 0.0:
+                batch.ref_logps_ST = self.reference_logps(batch)
+
+    def score_tokens(self, batch: Batch, entropies: bool = False, model=None) -> tuple[Tensor, Tensor | None]:
+        """(S, T) log-probs, and entropies if asked, of the completions under the policy (or `model`)."""
+        ids = torch.cat([batch.prompt_ids_SP, batch.completion_ids_ST], dim=1)
+        mask = torch.cat([batch.prompt_mask_SP, batch.completion_mask_ST], dim=1)
+        self.cost["forwarded_tokens"] += int(mask.sum())
+        with self.services.counted("forward"):
+            logps, ents, _ = self._get_per_token_logps_and_entropies(
+                self.model if model is None else model,
+                ids,
+                mask,
+                batch.completion_ids_ST.size(1),
+                batch_size=self.args.per_device_train_batch_size,
+                compute_entropy=entropies,
+            )
+        return logps, ents
+
+    def reference_logps(self, batch: Batch) -> Tensor:
+        if self.ref_model is not None:
+            return self.score_tokens(batch, model=self.ref_model)[0]
+        model: Any = self.accelerator.unwrap_model(self.model)
+        with model.disable_adapter():
+            return self.score_tokens(batch)[0]
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """(S, T, D) states from which each completion token was predicted."""
+        ids = torch.cat([batch.prompt_ids_SP, batch.completion_ids_ST], dim=1)
+        mask = torch.cat([batch.prompt_mask_SP, batch.completion_mask_ST], dim=1)
+        self.cost["forwarded_tokens"] += int(mask.sum())
+        decoder = self.accelerator.unwrap_model(self.model).get_decoder()
+        limit, width = self.args.per_device_train_batch_size, batch.completion_ids_ST.size(1)
+        parts = [
+            decoder(input_ids=ids[k : k + limit], attention_mask=mask[k : k + limit])[0][:, -width - 1 : -1]
+            for k in range(0, batch.rows, limit)
+        ]
+        return torch.cat(parts)
+
+    def _catch_hidden(self, module, args, output) -> None:
+        self._hidden = output[0]
+
+    # ---- from trajectories to TRL's dict ----
+    def _to_inputs(self, generated: Batch, selected: Batch) -> dict[str, Tensor]:
+        untouched = selected is generated and selected.row_weight_S is None
+        slices = self.args.steps_per_generation
+        if not untouched:
+            selected = collect.fill(selected.trim(), slices, self.accelerator)
+        self.cost["trained_tokens"] += int(selected.model_mask_ST.sum()) * self.num_iterations
+        tokens = self.accelerator.gather(selected.model_mask_ST.sum()).sum()
+        out = {
+            "prompt_ids": selected.prompt_ids_SP,
+            "prompt_mask": selected.prompt_mask_SP,
+            "completion_ids": selected.completion_ids_ST,
+            "completion_mask": selected.completion_mask_ST,
+            "advantages": selected.adv_ST,
+            "tool_mask": selected.model_mask_ST,
+            "num_items_in_batch": tokens,
+        }
+        if not untouched:
+            out["row_weight"] = selected.row_weight_S
+        if selected.old_logps_ST is not None:
+            out["old_per_token_logps"] = selected.old_logps_ST
+        if selected.ref_logps_ST is not None:
+            out["ref_per_token_logps"] = selected.ref_logps_ST
+        return out | {f"extra/{name}": x for name, x in selected.extras.items()}
+
+    # ---- one micro-batch ----
+    def _compute_loss(self, model, inputs):
+        rows, limit = inputs["completion_ids"].size(0), self.args.per_device_train_batch_size
+        chunks = -(-rows // limit)
+        if "row_weight" in inputs:  # only then can slices be larger, and ranks differ in size
+            chunks = int(self.accelerator.gather(torch.tensor([chunks], device=self.accelerator.device)).max())
+        if chunks <= 1:
+            return self._chunk_loss(model, inputs)
+        total: Any = 0.0
+        for k in range(chunks):
+            part = collect.row_slice(inputs, k * limit, (k + 1) * limit)
+            loss = self._chunk_loss(model, part, part["completion_ids"].size(0) / rows)
+            if k < chunks - 1:
+                with self.accelerator.no_sync(model):
+                    self.accelerator.backward(loss)
+                total = total + loss.detach()
+            else:
+                total = loss + total
+        return total
+
+    def _chunk_loss(self, model, inputs, share: float = 1.0):
+        lctx = self._loss_context(model, inputs)
+        lctx.share = share
+        loss = self.stack.loss(lctx)
+        self.meter["entropy"].append((lctx.entropies_BT.detach() * lctx.mask_BT).sum() / lctx.mask_BT.sum().clamp(min=1))
+        return loss
+
+    def _loss_context(self, model, inputs) -> LossContext:
+        completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
+        ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], completion_mask], dim=1)
+        width = completion_ids.size(1)
+        logps, entropies, _ = self._get_per_token_logps_and_entropies(model, ids, attention, width, compute_entropy=True)
+        old = inputs.get("old_per_token_logps")
+        # `num_items_in_batch` spans the generation: rescaled to one accumulation window, as TRL does.
+        denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        accumulation = self.current_gradient_accumulation_steps
+        return LossContext(
+            logps_BT=logps,
+            entropies_BT=entropies,
+            mask_BT=inputs["tool_mask"],
+            adv_BT=inputs["advantages"],
+            old_logps_BT=logps.detach() if old is None else old,
+            ref_logps_BT=inputs.get("ref_per_token_logps"),
+            denominator_tokens=denominator * accumulation / self.args.steps_per_generation,
+            accumulation=accumulation,
+            max_completion_tokens=self.max_completion_length,
+            extras={k.removeprefix("extra/"): v for k, v in inputs.items() if k.startswith("extra/")},
+            row_weight_B=inputs.get("row_weight"),
+            hidden_BTD=None if self._hidden is None else self._hidden[:, -width - 1 : -1],
+            log=lambda name, value: self.meter[name].append(value),
+        )
+
+    def create_optimizer(self, *args, **kw):
+        optimizer = super().create_optimizer(*args, **kw)
+        if self.objective_modules and not getattr(self, "_modules_added", False):
+            rate = getattr(self.stack.objective, "modules_learning_rate", self.args.learning_rate)
+            optimizer.add_param_group({"params": list(self.objective_modules.parameters()), "lr": rate})
+            self._modules_added = True
+        return optimizer
+
+    # ---- logs ----
+    def _log_generation(self, ctx: Context) -> None:
+        """The advantage logged is the one trained on (before `select` drops whole trajectories)."""
+        meter, trajs = self.meter, ctx.trajs
+        drawn = [t for t in trajs if not t.is_demo] or trajs
+        for name in ctx.reward_names:
+            values = ctx.reward(name)
+            meter[f"reward/{name}"].append(torch.nanmean(values))
+        meter["reward"].append(torch.nanmean(ctx.total_reward()))
+        meter["completions/mean_length"].append(sum(t.length for t in drawn) / len(drawn))
+        meter["completions/truncated"].append(sum(t.finish == "length" for t in drawn) / len(drawn))
+        groups = len({t.group_id for t in trajs})
+        meter["groups/dead"].append(len(collect.dead_groups(trajs, ctx.reward_names)) / groups)
+        assert ctx.batch is not None
+        signal = (ctx.batch.adv_ST.abs() * ctx.batch.model_mask_ST).sum() / ctx.batch.model_mask_ST.sum()
+        meter["advantage/abs"].append(signal)
+        for name, value in (ctx.logs | self.stack.metrics()).items():
+            meter[name].append(value)
+        if self._write_sample is not None and self.accelerator.is_main_process:
+            for sample in collect.samples(ctx, self._tokenizer, SAMPLES_PER_STEP):
+                self._write_sample(sample)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs |= self._drain_meter()
+        logs |= {f"cost/{k}": v for k, v in self.cost.items()}
+        logs |= {f"time/hook/{k}": v for k, v in self.stack.take_seconds().items()}
+        logs |= self.services.take_seconds()
+        Trainer.log(self, logs, start_time)
+        self._metrics["train"].clear()
+
+    def _drain_meter(self) -> dict[str, float]:
+        means = {}
+        for name, values in sorted(self.meter.items()):
+            tensor = torch.stack([torch.as_tensor(v, dtype=torch.float32, device="cpu") for v in values])
+            means[name] = torch.nanmean(tensor).item()
+        self.meter.clear()
+        if self.accelerator.num_processes > 1 and means:
+            packed = torch.tensor(list(means.values()), device=self.accelerator.device)
+            packed = self.accelerator.reduce(packed, reduction="mean")
+            means = dict(zip(means, packed.tolist(), strict=True))
+        return means
+
+    # ---- state ----
+    def _save_checkpoint(self, model, trial):
+        # TRL's own version writes a model card with hub look-ups on every save.
+        Trainer._save_checkpoint(self, model, trial)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside the policy and optimiser that the next generation depends on."""
+        return {
+            "stack": self.stack.state_dict(),
+            "modules": dict(self.objective_modules.state_dict()),
+            "cost": dict(self.cost),
+            "stream_position": self.stream_position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stack.load_state_dict(state["stack"])
+        self.objective_modules.load_state_dict(state["modules"])
+        self.cost.update(state["cost"])
+        self.stream_position = state["stream_position"]
+
