@@ -27,8 +27,9 @@ _TENSOR = "__tensor__"
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
-        return {_TENSOR: path}
+        name = f"{len(tensors)}:{path}"  # numbered, because a key may hold a slash
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {_TENSOR: name}
     if isinstance(value, dict):
         if bad := [k for k in value if not isinstance(k, str)]:
             raise TypeError(f"state keys must be strings, got {bad[0]!r} at {path or 'the top'}")

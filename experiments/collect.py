@@ -121,7 +121,7 @@ def samples(ctx: Context, tokenizer, keep: int) -> list[dict[str, Any]]:
         ids = t.segments[0].completion_ids
         out.append(
             {
-                "step": ctx.step,
+                "step": ctx.step + 1,  # the optimiser step that trains on it, so that a resumed record is cut rightly
                 "row_id": t.row_id,
                 "group_id": t.group_id,
                 "tier": getattr(t.row, "tier", "all"),

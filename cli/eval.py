@@ -1,0 +1,71 @@
+"""`assay eval`: score a model, a checkpoint or an endpoint on a task or suite."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli.words import ConfigDir, Overrides
+from methods.errors import ConfigError
+
+
+def eval_(
+    overrides: Overrides = None,
+    multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Sweep: one run per combination.")] = False,
+    cfg: Annotated[str | None, typer.Option(metavar="job", help="Print the resolved configuration and stop.")] = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Score a model, a checkpoint or an endpoint on a task or suite.
+
+    \b
+    Examples:
+      assay eval task=arithmetic
+      assay eval model=smollm2 task=gsm8k task.path=test.parquet eval.items=50
+      assay eval model.init=results/raw/demo/grpo/seed0 task=arithmetic
+      assay eval model=hf model.path=Qwen/Qwen2.5-0.5B-Instruct suite=math eval.samples=8 eval.temperature=1
+      assay eval engine=openai engine.url=http://localhost:8000/v1 task=gsm8k task.path=test.parquet
+      assay eval engine=openai engine.url=https://api.openai.com/v1 engine.model=gpt-4.1-mini \\
+          engine.api_key_env=OPENAI_API_KEY task=gsm8k task.path=test.parquet
+      assay eval -m model=tiny,smollm2 task=arithmetic
+
+    The same line again skips finished runs; an interrupted one goes on where it was, because every answer is kept.
+    Keys: assay eval --cfg job. Choices: assay ls. The last line of the output is the path of what was written.
+    """
+    from cli import launch
+
+    line, dirs = list(overrides or []), config_dir or ()
+    if cfg is not None:
+        if cfg != "job":
+            raise ConfigError("--cfg shows the configuration of the job", got=cfg, expected="job")
+        _show(launch.plan("eval", line, multirun=multirun, config_dirs=dirs))
+        return
+    from experiments import evaluate
+
+    plan = launch.plan("eval", line, multirun=multirun, config_dirs=dirs, check=evaluate.check)
+    path = launch.launch(plan, target="experiments.evaluate:run")
+    _tables(plan)
+    if plan.spec is not None and plan.report:
+        from experiments.report import build
+
+        typer.echo(build(plan))
+    typer.echo(path)
+
+
+def _show(plan) -> None:
+    from omegaconf import OmegaConf
+
+    for job in plan.jobs:
+        if len(plan.jobs) > 1:
+            typer.echo(f"--- # {job.label}")
+        typer.echo(OmegaConf.to_yaml(job.cfg, resolve=True), nl=False)
+
+
+def _tables(plan) -> None:
+    from experiments.evaluate import table
+    from experiments.records import load_run
+    from experiments.run import run_folder
+
+    for job in plan.jobs:
+        frame = load_run(run_folder(job.cfg)).evals()
+        typer.echo(table(frame, f"{plan.name}/{job.label}"))

@@ -1,0 +1,239 @@
+"""Speed side by side, in one process and one sitting: python -m experiments.bench [steps|hooks|startup]
+
+steps    step time of this trainer with an empty and with an identity stack, against plain GRPOTrainer. The three
+         trainers take turns step by step, each with its own random stream, so that a pair of steps sees the same
+         machine; their losses must be identical.
+hooks    each method's hook time over step time, at 64 completion tokens and 64, 256, 1024 rows.
+startup  `assay --help` against `trl --help`, taking turns.
+
+All figures are ratios with a 95 % bootstrap interval of the median; absolute times belong to one machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+WARM_UP = 3
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def interval(ratios: list[float], draws: int = 4000) -> str:
+    """Median of paired ratios with its 95 % bootstrap interval."""
+    import numpy as np
+
+    values = np.asarray(ratios)
+    medians = np.median(np.random.default_rng(0).choice(values, (draws, len(values))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return f"{np.median(values):.3f} [{low:.3f}, {high:.3f}] over {len(values)} pairs"
+
+
+class Baton:
+    """Lets trainers in threads take turns, one optimiser step each, and times each turn."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names, self.turn = names, 0
+        self.condition = threading.Condition()
+        self.seconds: dict[str, list[float]] = {n: [] for n in names}
+        self.random: dict[str, object] = {}
+
+    def wait(self, name: str) -> None:
+        import torch
+
+        with self.condition:
+            self.condition.wait_for(lambda: self.names[self.turn % len(self.names)] == name)
+        if name in self.random:
+            torch.set_rng_state(self.random[name])
+
+    def release(self, name: str) -> None:
+        import torch
+
+        self.random[name] = torch.get_rng_state()
+        with self.condition:
+            self.turn += 1
+            self.condition.notify_all()
+
+
+def turns(trainer, name: str, baton: Baton, seed: int):
+    """A callback that passes the baton after every step; what happens between two steps is timed as well."""
+    from transformers import TrainerCallback, set_seed
+
+    class Turns(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kw):
+            baton.wait(name)
+            set_seed(seed)
+            self.started = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kw):
+            baton.seconds[name].append(time.perf_counter() - self.started)
+            baton.release(name)
+            if state.global_step < args.max_steps:
+                baton.wait(name)
+            self.started = time.perf_counter()
+
+    trainer.add_callback(Turns())
+
+
+def identity_method():
+    """A method that implements every hook and changes nothing."""
+    from methods.base import Method
+
+    def same(first):
+        return lambda self, value, ctx: value if first else None
+
+    hooks = {
+        "prepare_rows": same(True),
+        "rollout": lambda self, rows, ctx, default: default(rows),
+        "rewards": same(False),
+        "token_rewards": lambda self, trajs, ctx: ctx.token_rewards_ST,
+        "advantages": same(True),
+        "select": same(True),
+        "token_advantages": same(True),
+        "clip_range": lambda self, lctx: None,
+        "extra_loss": lambda self, lctx: None,
+        "after_step": lambda self, ctx: None,
+        "metrics": lambda self: {},
+    }
+    return type("Identity", (Method,), hooks | {"name": "identity"})()
+
+
+def configuration(*words: str):
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose("train", ["scale=cpu", *words])
+
+
+def our_trainer(cfg, loaded, task, methods, folder: Path):
+    from transformers import PrinterCallback, TrainerCallback
+
+    from experiments import batching, rewards
+    from experiments.run import build_trainer
+    from methods.stack import Stack
+
+    fresh = copy.copy(loaded)
+    fresh.model = copy.deepcopy(loaded.model)
+    rows = task.rows("train", 0)
+    trainer = build_trainer(cfg, batching.plan(cfg.trainer), task, fresh, rows, rewards.build(cfg.reward, task), folder)
+    trainer.stack = Stack(methods, trainer.stack.objective)
+    trainer.args.save_strategy = "no"
+    trainer.remove_callback(PrinterCallback)
+    trainer.attach(TrainerCallback(), None)
+    return trainer
+
+
+def plain_trainer(ours, loaded, task):
+    """TRL's GRPOTrainer with the same arguments, prompts and reward."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import GRPOTrainer
+
+    rows = task.rows("train", 0)
+
+    def reward(completions, index, **_):
+        return [task.score(text, rows[i]) for text, i in zip(completions, index, strict=True)]
+
+    trainer = GRPOTrainer(
+        model=copy.deepcopy(loaded.model),
+        reward_funcs=[reward],
+        args=ours.args,
+        train_dataset=Dataset.from_dict({"prompt": [r.prompt for r in rows], "index": list(range(len(rows)))}),
+        processing_class=loaded.tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def steps(pairs: int = 60) -> None:
+    """Empty and identity stack against plain TRL, step by step in turns."""
+    import torch
+    from hydra.utils import instantiate
+
+    torch.set_num_threads(1)
+    cfg = configuration(f"trainer.max_steps={pairs + WARM_UP}", "trainer.save_every=0", "eval.every=0")
+    task = instantiate(cfg.task)
+    loaded = instantiate(cfg.model).load(task, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        empty = our_trainer(cfg, loaded, task, [], Path(folder) / "a")
+        identity = our_trainer(cfg, loaded, task, [identity_method()], Path(folder) / "b")
+        trainers = {"plain": plain_trainer(empty, loaded, task), "empty": empty, "identity": identity}
+        baton = Baton(list(trainers))
+        for name, trainer in trainers.items():
+            turns(trainer, name, baton, empty.args.seed)
+        threads = [threading.Thread(target=t.train) for t in trainers.values()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    losses = {n: [h["loss"] for h in t.state.log_history if "loss" in h] for n, t in trainers.items()}
+    median = statistics.median(baton.seconds["plain"][WARM_UP:])
+    print(f"step time, {cfg.trainer.prompts_per_step} x {cfg.trainer.rollouts_per_prompt} rows, plain TRL {median * 1e3:.0f} ms")
+    for name in ("empty", "identity"):
+        ratios = [a / b for a, b in zip(baton.seconds[name], baton.seconds["plain"], strict=True)][WARM_UP:]
+        same = "identical" if losses[name] == losses["plain"] else "DIFFERENT"
+        print(f"  {name} stack / plain TRL: {interval(ratios)}; losses {same}")
+
+
+def hooks(sizes: tuple[int, ...] = (64, 256, 1024), tokens: int = 64, count: int = 6) -> None:
+    """Hook time over step time of every method, alone on its default objective."""
+    import torch
+    from hydra.utils import instantiate
+
+    torch.set_num_threads(1)
+    files = sorted((CONF / "method").glob("*.yaml"))
+    names = [p.stem for p in files if "_target_: methods.controls" not in p.read_text()]
+    print(f"hook time / step time, {tokens} tokens, median of {count} steps with its range")
+    for name in names:
+        for rows in sizes:
+            words = [f"method=[{name}]", f"trainer.prompts_per_step={rows // 8}", "trainer.rows_per_device=64"]
+            words += [f"trainer.max_completion_tokens={tokens}", f"trainer.max_steps={count + 1}", "trainer.save_every=0"]
+            cfg = configuration(*words, "model.warm_start=null", "eval.every=0")
+            task = instantiate(cfg.task)
+            loaded = instantiate(cfg.model).load(task, 0)
+            methods = [instantiate(node) for node in cfg.method.values()]
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = our_trainer(cfg, loaded, task, methods, Path(folder))
+                baton = Baton(["only"])
+                turns(trainer, "only", baton, 0)
+                trainer.train()
+            hook = [h[f"time/hook/{methods[0].name}"] for h in trainer.state.log_history if "loss" in h][1:]
+            shares = sorted(h / s for h, s in zip(hook, baton.seconds["only"][1:], strict=False))
+            middle = statistics.median(shares)
+            print(f"  {name:<20} {rows:>5} rows  {middle:.3%}  [{shares[0]:.3%}, {shares[-1]:.3%}]")
+
+
+def startup(pairs: int = 15) -> None:
+    """`assay --help` against `trl --help`."""
+    commands = {name: [str(Path(sys.executable).with_name(name)), "--help"] for name in ("assay", "trl")}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(pairs + 1):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            seconds[name].append(time.perf_counter() - start)
+    ratios = [a / b for a, b in zip(seconds["assay"], seconds["trl"], strict=True)][1:]
+    print(f"start-up, trl --help {statistics.median(seconds['trl']):.2f} s")
+    print(f"  assay --help / trl --help: {interval(ratios)}")
+
+
+def main(words: list[str]) -> None:
+    parts = {"steps": steps, "hooks": hooks, "startup": startup}
+    for name in words or parts:
+        if name not in parts:
+            sys.exit(f"unknown part '{name}'; choose from {', '.join(parts)}")
+        parts[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

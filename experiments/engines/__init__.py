@@ -1,0 +1,1 @@
+"""Engines: the one way in which assay asks a language model for text."""

@@ -1,0 +1,1 @@
+"""Measurements without training that are recorded and reported like runs: `assay eval experiment=<name>`."""

@@ -1,0 +1,77 @@
+"""The three batch words: what they give, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from experiments import batching
+from methods.errors import ConfigError
+
+WORDS = {
+    "max_steps": 60,
+    "prompts_per_step": 16,
+    "rollouts_per_prompt": 8,
+    "rows_per_device": None,
+    "updates_per_generation": 1,
+    "iterations": 1,
+    "log_every": None,
+    "save_every": 20,
+}
+
+
+def plan(world=1, **words):
+    return batching.plan(OmegaConf.create(WORDS | words), world=world)
+
+
+def test_defaults_are_one_batch():
+    p = plan()
+    assert (p.rows_per_device, p.accumulation, p.slices, p.period, p.prompts_per_generation) == (128, 1, 1, 1, 16)
+
+
+def test_everything_at_once():
+    p = plan(world=2, rows_per_device=8, updates_per_generation=4, iterations=2)
+    assert (p.accumulation, p.slices, p.period, p.prompts_per_generation) == (8, 32, 8, 64)
+    assert "16 prompts x 8 rollouts = 8 x 8 rows x 2 devices" in str(p)
+
+
+@pytest.mark.parametrize(
+    "words, key",
+    [
+        ({"rows_per_device": 7}, "trainer.rows_per_device"),
+        ({"rollouts_per_prompt": 1}, "trainer.rollouts_per_prompt"),
+        ({"prompts_per_step": 0}, "trainer.prompts_per_step"),
+        ({"world": 3}, "trainer.prompts_per_step"),
+        ({"world": 2, "prompts_per_step": 1}, "trainer.rows_per_device"),
+    ],
+)
+def test_refused(words, key):
+    with pytest.raises(ConfigError) as caught:
+        plan(**words)
+    assert caught.value.where == key
+
+
+def log_every(**words):
+    t = WORDS | {k: v for k, v in words.items() if k != "eval"}
+    cfg = OmegaConf.create({"trainer": t, "eval": {"every": words.get("eval", 20)}})
+    return batching.log_every(cfg, batching.plan(cfg.trainer, world=1))
+
+
+def test_boundaries():
+    assert log_every() == 1
+    assert log_every(updates_per_generation=2, iterations=2) == 4
+
+
+@pytest.mark.parametrize(
+    "words, fix",
+    [
+        ({"updates_per_generation": 3}, "trainer.save_every=21"),
+        ({"log_every": 7}, "trainer.save_every=21"),
+        ({"max_steps": 61, "log_every": 2}, "trainer.max_steps=60"),
+        ({"iterations": 4, "eval": 10}, "eval.every=8"),
+    ],
+)
+def test_saves_off_a_generation_boundary_are_refused(words, fix):
+    with pytest.raises(ConfigError) as caught:
+        log_every(**words)
+    assert caught.value.fix == fix

@@ -1,0 +1,169 @@
+"""Composition: order, refusals before anything runs, controls as stack entries, state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from methods.base import Context, Method
+from methods.controls import Flip, Random, Scale, Shuffle
+from methods.errors import ConfigError
+from methods.ha_dw import HaDw
+from methods.objectives.policy_gradient import Cispo, Dapo, Grpo, Gspo, GspoToken, Sapo
+from methods.objectives.reinforce_pp import ReinforcePP
+from methods.stack import Stack
+
+
+class Roller(Method):
+    def __init__(self, name):
+        self.name = name
+
+    def rollout(self, rows, ctx, default):
+        return default(rows)
+
+
+class TokenCredit(Method):
+    name = "turns"
+    token_credit = True
+
+
+class Clipper(Method):
+    name = "clipper"
+
+    def clip_range(self, lctx):
+        return 0.1, 0.1
+
+
+class Keeper(Method):
+    name = "keeper"
+    keeps_dead_groups = True
+
+
+class Picky(Method):
+    name = "picky"
+    objectives = ("grpo",)
+
+
+REFUSED = {
+    "two owners of one hook": ([Roller("a"), Roller("b")], Grpo(), "`rollout`.*a and b"),
+    "the same name twice": ([HaDw(), HaDw()], Grpo(), "twice"),
+    "group baseline missing": ([HaDw()], ReinforcePP(), "objective=grpo"),
+    "token credit on a sequence ratio": ([TokenCredit()], Gspo(), "objective=gspo_token"),
+    "clip range on cispo": ([Clipper()], Cispo(), "does not clip"),
+    "clip range on sapo": ([Clipper()], Sapo(), "does not clip"),
+    "another objective": ([Picky()], Dapo(), "objective=grpo"),
+    "dynamic sampling against a keeper": ([Keeper()], Dapo(dynamic_sampling=True), "dynamic_sampling=false"),
+    "a control without its method": ([Flip("ha_dw.direction")], Grpo(), "targets a signal"),
+    "a misspelt target": ([HaDw(), Flip("ha_dw.directon")], Grpo(), "did you mean 'ha_dw.direction'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    methods, objective, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message) as caught:
+        Stack(methods, objective)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "methods, objective",
+    [([TokenCredit()], GspoToken()), ([Clipper()], Dapo()), ([HaDw()], Gspo()), ([HaDw(), Keeper()], Dapo())],
+)
+def test_allowed(methods, objective):
+    assert Stack(methods, objective).methods == methods
+
+
+def test_needs_are_joined():
+    class A(Method):
+        name = "a"
+        needs = frozenset({"old_logps"})
+
+    class B(Method):
+        name = "b"
+        needs = frozenset({"entropies"})
+
+    assert Stack([A(), B()], Grpo(beta=0.1)).needs == {"old_logps", "entropies", "ref_logps"}
+
+
+def test_a_hook_that_forgets_to_return_is_named():
+    class Forgets(Method):
+        name = "forgets"
+
+        def prepare_rows(self, rows, ctx):
+            return None
+
+    with pytest.raises(ConfigError, match="prepare_rows.*forgets"):
+        Stack([Forgets()], Grpo()).prepare_rows([1], None)
+
+
+def test_time_in_services_is_not_charged_to_the_method():
+    class Slow(Method):
+        name = "slow"
+
+        def advantages(self, adv_ST, ctx):
+            stack.service_seconds += 100.0
+            return adv_ST
+
+    stack = Stack([Slow()], Grpo())
+    stack._chain("advantages", torch.zeros(1), None)
+    assert stack.take_seconds()["slow"] < 0
+    assert stack.take_seconds() == {"slow": 0.0}
+
+
+# ---------------------------------------------------------------- controls
+
+
+def context(seed=0, round_=0):
+    import numpy as np
+
+    class Services:
+        @staticmethod
+        def rng(name):
+            import zlib
+
+            return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+    return Context("train", 0, round_, 4, services=Services())
+
+
+ids = st.lists(st.integers(0, 3), min_size=1, max_size=20)
+
+
+@given(ids)
+def test_shuffle_permutes_inside_each_set(groups):
+    group_N = torch.tensor(groups)
+    x = torch.arange(len(groups), dtype=torch.float32)
+    out = Shuffle("advantages").change(x, group_N, context())
+    for g in set(groups):
+        assert sorted(out[group_N == g].tolist()) == sorted(x[group_N == g].tolist())
+
+
+def test_shuffle_moves_something_and_is_seeded():
+    x, group_N = torch.arange(64.0), torch.arange(64) // 8
+    first, again, later = (Shuffle("advantages").change(x, group_N, context(0, r)) for r in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, x) and not torch.equal(first, later)
+
+
+def test_random_draws_from_the_batch():
+    x = torch.arange(50.0)
+    out = Random("advantages").change(x, None, context())
+    assert set(out.tolist()) <= set(x.tolist()) and not torch.equal(out, x)
+
+
+def test_controls_reach_only_their_target():
+    method = HaDw()
+    stack = Stack([method, Flip("ha_dw.direction"), Scale("ha_dw.magnitude", 2.0)], Grpo())
+    x, ctx = torch.ones(3), context()
+    assert torch.equal(stack.signal(ctx, "ha_dw.direction", x, None), -x)
+    assert torch.equal(stack.signal(ctx, "ha_dw.magnitude", x, None), 2 * x)
+    assert torch.equal(stack.signal(ctx, "advantages", x, None), x)
+
+
+def test_state_round_trip_by_name():
+    first, second = Stack([HaDw()], Grpo()), Stack([HaDw()], Grpo())
+    first.methods[0].update(0.3)
+    second.load_state_dict(first.state_dict())
+    assert second.methods[0].beliefs == [0.3]
