@@ -304,8 +304,11 @@ def _find(key: str, defaults: DictConfig, known: dict[str, dict[str, Path]]) -> 
             there = f" (it has {', '.join(map(str, node))})" if len(node) else ""
             fix = f"add 'method=[{part}]', or name a method that the run has{there}"
             raise ConfigError(f"method '{part}' is not part of this run, so {key} means nothing", fix=fix)
-        if len(node) == 0 and path not in ("", "method"):
+        if len(node) == 0 and path and path not in known:
             return None, True
+        if len(node) == 0 and path in known and path != "method":
+            choices = ", ".join(known[path])
+            raise ConfigError(f"no {path} is chosen, so {key} means nothing", expected=choices, fix=f"add {path}=NAME")
         raise _unknown(key, defaults, known)
     return node, False
 
@@ -342,6 +345,9 @@ def _check_type(key: str, override: Override, node: Any) -> None:
 
 def _plain(error: Exception, where: str) -> ConfigError:
     """Hydra's own message without its advice to add keys with a plus sign and without its search path."""
+    stray = re.match(r"Could not override '(\w+)'. No match in the defaults list", str(error))
+    if stray:
+        return ConfigError(f"this subcommand has no use for {stray[1]}=", where=where, fix="leave it out")
     lines = []
     for line in str(error).splitlines():
         if line.startswith("Config search path"):

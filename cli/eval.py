@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.train import report, show
 from cli.words import ConfigDir, Overrides
 from methods.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cli.launch import Plan
 
 
 def eval_(
@@ -38,7 +42,7 @@ def eval_(
     if cfg is not None:
         if cfg != "job":
             raise ConfigError("--cfg shows the configuration of the job", got=cfg, expected="job")
-        _show(launch.plan("eval", line, multirun=multirun, config_dirs=dirs))
+        show(launch.plan("eval", line, multirun=multirun, config_dirs=dirs))
         return
     from experiments import evaluate
 
@@ -46,22 +50,12 @@ def eval_(
     path = launch.launch(plan, target="experiments.evaluate:run")
     _tables(plan)
     if plan.spec is not None and plan.report:
-        from experiments.report import build
-
-        typer.echo(build(plan))
+        report(plan)
     typer.echo(path)
 
 
-def _show(plan) -> None:
-    from omegaconf import OmegaConf
-
-    for job in plan.jobs:
-        if len(plan.jobs) > 1:
-            typer.echo(f"--- # {job.label}")
-        typer.echo(OmegaConf.to_yaml(job.cfg, resolve=True), nl=False)
-
-
-def _tables(plan) -> None:
+def _tables(plan: Plan) -> None:
+    """One table per run, from its record."""
     from experiments.evaluate import table
     from experiments.records import load_run
     from experiments.run import run_folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -10,6 +11,40 @@ from torch import Tensor
 
 from methods.base import Batch, Context, Trajectory
 from methods.errors import RunError
+
+
+class Meter(defaultdict):
+    """Named lists of numbers (tensors stay on their device until drained)."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+    def drain(self, accelerator) -> dict[str, float]:
+        """Mean of each list, NaN left out, averaged over processes; empties the meter."""
+        means = {}
+        for name, values in sorted(self.items()):
+            tensor = torch.stack([torch.as_tensor(v, dtype=torch.float32, device="cpu") for v in values])
+            means[name] = torch.nanmean(tensor).item()
+        self.clear()
+        if accelerator.num_processes > 1 and means:
+            packed = torch.tensor(list(means.values()), device=accelerator.device)
+            means = dict(zip(means, accelerator.reduce(packed, reduction="mean").tolist(), strict=True))
+        return means
+
+
+def summary(ctx: Context) -> dict[str, Any]:
+    """What is always logged of a generation: rewards, lengths, groups without signal, size of the advantage."""
+    batch, trajs = ctx.batch, ctx.trajs
+    assert batch is not None
+    drawn = [t for t in trajs if not t.is_demo] or trajs
+    values: dict[str, Any] = {f"reward/{n}": torch.nanmean(ctx.reward(n)) for n in ctx.reward_names}
+    values["reward"] = torch.nanmean(ctx.total_reward())
+    values["completions/mean_length"] = sum(t.length for t in drawn) / len(drawn)
+    values["completions/truncated"] = sum(t.finish == "length" for t in drawn) / len(drawn)
+    groups = len({t.group_id for t in trajs})
+    values["groups/dead"] = len(dead_groups(trajs, ctx.reward_names)) / groups
+    values["advantage/abs"] = (batch.adv_ST.abs() * batch.model_mask_ST).sum() / batch.model_mask_ST.sum()
+    return values
 
 
 def score(trajs: list[Trajectory], specs, step: int) -> None:

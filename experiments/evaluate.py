@@ -140,7 +140,7 @@ def summarise(frame: pd.DataFrame, ks: Sequence[int] = (1,)) -> dict[str, float]
     from experiments import stats
     from experiments.tasks.base import tier_order
 
-    scored = frame[frame["finish"] != "error"]
+    scored: Any = frame[frame["finish"] != "error"]
     items = scored["split"] + "\0" + scored["item_id"]
     values: dict[str, float] = {"items": items.nunique(), "completions": len(frame)}
     values |= _with_interval("score", scored["score"], items)
@@ -159,7 +159,7 @@ def summarise(frame: pd.DataFrame, ks: Sequence[int] = (1,)) -> dict[str, float]
             values |= _with_interval(f"pass@{k}", chances, enough.index)
     values |= _with_interval("length", scored["length"], items)
     values |= _with_interval("truncated", scored["finish"] == "length", items)
-    values["errors"] = float((frame["finish"] == "error").mean())
+    values["errors"] = Counter(frame["finish"])["error"] / len(frame) if len(frame) else 0.0
     for column in frame.columns:
         if column not in (*COLUMNS, "step"):
             values |= _with_interval(column, scored[column], items)
@@ -192,7 +192,7 @@ def table(frame: pd.DataFrame, title: str = "") -> str:
     lines = [title] if title else []
     scores = []
     for split, part in frame.groupby("split", sort=False):
-        samples = int(part.groupby("item_id").size().max())
+        samples = Counter(part["item_id"]).most_common(1)[0][1]
         values = summarise(part, powers(samples))
         scores.append(values["score"])
         lines.append(f"{split}: {values['items']:.0f} items, {samples} sample{'s' if samples > 1 else ''} each")
@@ -201,7 +201,7 @@ def table(frame: pd.DataFrame, title: str = "") -> str:
                 span = f"[{values[f'{name}.low']:.3f}, {values[f'{name}.high']:.3f}]" if f"{name}.low" in values else ""
                 lines.append(f"  {name:<20} {values[name]:>9.3f}  {span}".rstrip())
         if values["errors"]:
-            lost = int((part["finish"] == "error").sum())
+            lost = Counter(part["finish"])["error"]
             lines.append(f"  {lost} of {len(part)} completions could not be had; they count nowhere above")
     if len(scores) > 1:
         lines.append(f"mean of {len(scores)} tasks: {sum(scores) / len(scores):.3f}")
@@ -299,7 +299,7 @@ def _measure(cfg: DictConfig, writer: Any, to_request: Any, metrics: Any) -> tup
         cost = engine.cost()
     frame = pd.concat(frames, ignore_index=True)
     writer.eval(frame, step=0)
-    if (frame["finish"] == "error").all():
+    if set(frame["finish"]) == {"error"}:
         raise RunError("No completion could be had", where=f"engine={engine.name}", got=next(iter(_reasons(frames))),
                        fix="see the reasons above; the same command then asks again")  # fmt: skip
     values: dict[str, float] = {}

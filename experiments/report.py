@@ -181,7 +181,7 @@ def read_study(
 ) -> Study:
     """Find and read the runs, choose baseline and metrics, make the comparisons; arguments as in `build`."""
     runs, name = find([target] if isinstance(target, str) else list(target or ()), root)
-    plan = read_plan(name, conf_dirs) if name != "selected" else {}
+    plan = read_plan(name, (*conf_dirs, Path(root) / "raw" / name)) if name != "selected" else {}
     arms = _by_arm([run for run in runs if run.finished], list(plan.get("arms") or {}))
     left_out = [f"{_label(run, runs)} ({run.run.get('status')})" for run in runs if not run.finished]
     left_out += _not_run(plan, runs)

@@ -20,7 +20,8 @@ from experiments.seeds import derive
 from methods.errors import AssayError, ConfigError, DataError, RecordError, RunError, nearest
 
 # What does not change the numbers of a run, and so does not make its record another one's.
-BOOKKEEPING = ("results_dir", "overwrite", "name", "jobs", "record", "experiment", "arm")
+BOOKKEEPING = ("results_dir", "overwrite", "name", "record", "experiment", "arm")
+BOOKKEEPING_TRAINER = ("save_every", "keep_checkpoints")
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -87,6 +88,7 @@ def run_folder(cfg: DictConfig) -> Path:
 def config_hash(cfg: DictConfig) -> str:
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     plain = {k: v for k, v in plain.items() if k not in BOOKKEEPING}
+    plain["trainer"] = {k: v for k, v in plain.get("trainer", {}).items() if k not in BOOKKEEPING_TRAINER}
     return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -164,7 +166,7 @@ def _train(cfg: DictConfig, writer: RunWriter) -> None:
 
     from experiments.recorder import StopSignals
 
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    quiet()
     task = instantiate(cfg.task)
     loaded = instantiate(cfg.model).load(task, cfg.seed, results_dir=cfg.results_dir)
     threads_for(loaded)
@@ -176,6 +178,17 @@ def _train(cfg: DictConfig, writer: RunWriter) -> None:
             train(cfg, writer, task, loaded, rows, stop)
         else:
             _train_rl(cfg, writer, task, loaded, rows, stop)
+
+
+def quiet() -> None:
+    """Keeps what libraries say to their own developers out of the user's log."""
+    import warnings
+
+    from transformers.utils import logging
+
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.disable_progress_bar()
 
 
 def threads_for(loaded) -> None:

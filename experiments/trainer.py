@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -99,7 +98,7 @@ class AssayTrainer(GRPOTrainer):
         require_trl()
         self.stack, self.rows, self.reward_specs, self.task = stack, rows, rewards, task
         self.wrap_prompt = wrap_prompt
-        self.meter: dict[str, list[Any]] = defaultdict(list)
+        self.meter = collect.Meter()
         self.cost = {k: 0 for k in ("generated_tokens", "trained_tokens", "forwarded_tokens", "judge_calls")}
         self._write_sample: Callable[[dict], Any] | None = None
         self.last_ctx: Context | None = None
@@ -358,44 +357,19 @@ class AssayTrainer(GRPOTrainer):
     # ---- logs ----
     def _log_generation(self, ctx: Context) -> None:
         """The advantage logged is the one trained on (before `select` drops whole trajectories)."""
-        meter, trajs = self.meter, ctx.trajs
-        drawn = [t for t in trajs if not t.is_demo] or trajs
-        for name in ctx.reward_names:
-            values = ctx.reward(name)
-            meter[f"reward/{name}"].append(torch.nanmean(values))
-        meter["reward"].append(torch.nanmean(ctx.total_reward()))
-        meter["completions/mean_length"].append(sum(t.length for t in drawn) / len(drawn))
-        meter["completions/truncated"].append(sum(t.finish == "length" for t in drawn) / len(drawn))
-        groups = len({t.group_id for t in trajs})
-        meter["groups/dead"].append(len(collect.dead_groups(trajs, ctx.reward_names)) / groups)
-        assert ctx.batch is not None
-        signal = (ctx.batch.adv_ST.abs() * ctx.batch.model_mask_ST).sum() / ctx.batch.model_mask_ST.sum()
-        meter["advantage/abs"].append(signal)
-        for name, value in (ctx.logs | self.stack.metrics()).items():
-            meter[name].append(value)
+        for name, value in (collect.summary(ctx) | ctx.logs | self.stack.metrics()).items():
+            self.meter[name].append(value)
         if self._write_sample is not None and self.accelerator.is_main_process:
             for sample in collect.samples(ctx, self._tokenizer, SAMPLES_PER_STEP):
                 self._write_sample(sample)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs |= self._drain_meter()
+        logs |= self.meter.drain(self.accelerator)
         logs |= {f"cost/{k}": v for k, v in self.cost.items()}
         logs |= {f"time/hook/{k}": v for k, v in self.stack.take_seconds().items()}
         logs |= self.services.take_seconds()
         Trainer.log(self, logs, start_time)
         self._metrics["train"].clear()
-
-    def _drain_meter(self) -> dict[str, float]:
-        means = {}
-        for name, values in sorted(self.meter.items()):
-            tensor = torch.stack([torch.as_tensor(v, dtype=torch.float32, device="cpu") for v in values])
-            means[name] = torch.nanmean(tensor).item()
-        self.meter.clear()
-        if self.accelerator.num_processes > 1 and means:
-            packed = torch.tensor(list(means.values()), device=self.accelerator.device)
-            packed = self.accelerator.reduce(packed, reduction="mean")
-            means = dict(zip(means, packed.tolist(), strict=True))
-        return means
 
     # ---- state ----
     def _save_checkpoint(self, model, trial):

@@ -22,7 +22,7 @@ class AssayError(Exception):
         if expected:
             parts.append(f"Expected: {expected}.")
         if fix:
-            parts.append(f"To fix it: {fix}.")
+            parts.append(f"To fix it: {fix}" + ("" if fix.endswith("?") else "."))
         super().__init__(" ".join(parts))
 
     def __reduce__(self):

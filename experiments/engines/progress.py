@@ -47,9 +47,8 @@ def _lines(title: str, total: int, interval: float) -> Iterator[Progress]:
         passed = time.monotonic() - began
         rate = done / passed if passed > 0 else 0.0
         left = f", about {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        print(
-            f"{title}: {done}/{total} requests, {rate:.1f}/s, {passed:.0f} s passed{left}", file=sys.stderr, flush=True
-        )
+        line = f"{title}: {done}/{total} requests, {_speed(rate)}, {passed:.0f} s passed{left}"
+        print(line, file=sys.stderr, flush=True)
 
     def advance(count: int) -> None:
         nonlocal done, spoke

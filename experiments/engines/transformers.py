@@ -70,7 +70,8 @@ class TransformersEngine(BaseEngine):
             raise ConfigError(
                 "The batch size is too small", where="engine.batch_size", got=batch_size, expected="at least 1"
             )
-        self.model, self.tokenizer = _unwrap(model), tokenizer
+        self.tokenizer = tokenizer
+        self.model: Any = _unwrap(model)
         self.batch_size, self.chat, self.device, self.logprobs = batch_size, chat, device, logprobs
 
     def identity(self) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class Grpo(PolicyGradient):
 
     def token_loss(self, ratio: Tensor, lctx: LossContext) -> Tensor:
         low, high = lctx.clip_range or (self.epsilon_low, self.epsilon_high)
+        if isinstance(low, Tensor) or isinstance(high, Tensor):  # clamp takes two numbers or two tensors
+            low, high = (torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device) for x in (low, high))
         clipped = torch.clamp(ratio, 1 - low, 1 + high)
         self._log_clipping(ratio, low, high, lctx)
         return -torch.min(ratio * lctx.adv_BT, clipped * lctx.adv_BT)

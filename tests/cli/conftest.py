@@ -21,6 +21,7 @@ name: null
 results_dir: results
 method: {}
 open: {}
+extra: {}
 trainer:
   max_steps: 60
   learning_rate: 3.0e-4
@@ -33,6 +34,8 @@ trainer:
     "model/big.yaml": "name: big\n",
     "task/arithmetic.yaml": "# Chains of sums.\nname: arithmetic\ntiers: [easy, hard]\n",
     "task/file.yaml": "# Your own file.\nname: file\npath: ???\n",
+    "suite/all.yaml": "name: all\n",
+    "extra/more.yaml": "y: 1\n",
     "objective/grpo.yaml": "# GRPO.\nname: grpo\n",
     "objective/gspo.yaml": "# GSPO.\nname: gspo\n",
     "method/alpha.yaml": "# @package method.alpha\n# Alpha changes nothing.\n_target_: nowhere.Alpha\nk: 1\n",

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from experiments import browser, plots, table
-from experiments.readings import Reading, arm_interval, common_span, difference
+from experiments.readings import Difference, Reading, arm_interval, common_span, difference
 from experiments.records import RunWriter, load_run
-from experiments.report import browse, build, find, read_study
+from experiments.report import Goal, browse, build, find, read_study
+from experiments.stats import Interval
 from methods.errors import ConfigError, RecordError
 
 TIERS = ("easy", "hard")
@@ -233,6 +234,35 @@ def test_a_worse_arm_is_not_praised(results):
     longer = study.goals[2]
     assert longer.direction == "lower"
     assert "in favour" in table.verdict(d, longer)  # the same sign, where lower is better
+
+
+@pytest.mark.parametrize(
+    ("expected", "low", "high", "p", "words"),
+    [
+        ("lower", -0.3, -0.1, 0.01, "yes"),
+        ("higher", -0.3, -0.1, 0.01, "no: the opposite"),
+        ("higher", 0.1, 0.3, 0.01, "yes"),
+        ("lower", -0.3, 0.1, 0.2, "sign as expected, not separated"),
+        ("lower", -0.3, -0.1, 0.06, "sign as expected, not separated"),
+        ("higher", -0.3, 0.1, 0.2, "no: not separated, other sign"),
+        ("equal", -0.3, 0.1, 0.2, "no difference seen (this rules out more than 0.300)"),
+        ("equal", 0.1, 0.3, 0.01, "no: it differs"),
+    ],
+)
+def test_a_control_holds_only_if_it_separates_as_expected(expected, low, high, p, words):
+    gap = Interval((low + high) / 2, low, high, 8, 1, "seeds")
+    assert table.held(expected, Difference("control", "arm", "m", gap, (0.0,) * 8, p)) == words
+    few = table.held(expected, Difference("control", "arm", "m", gap, (0.0,) * 3, p))
+    assert expected == "equal" or few.endswith("a demonstration, not a test")
+
+
+@pytest.mark.parametrize(
+    ("low", "p", "start"),
+    [(0.1, 0.01, "**It separates, in favour"), (0.1, 0.06, "**It does not s"), (-0.1, 0.01, "**It does not clearly")],
+)
+def test_a_verdict_needs_both_the_test_and_the_interval(low, p, start):
+    found = Difference("a", "b", "m", Interval(0.2, low, 0.3, 8, 1, "seeds"), (0.2,) * 8, p)
+    assert table.verdict(found, Goal("m", "higher", "a")).startswith(start)
 
 
 def test_few_seeds_are_a_demonstration(tmp_path):

@@ -56,10 +56,10 @@ def trained_runs(encoded, tokenizer):
     for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True):
         assert label in (token, IGNORED)
         if label == IGNORED:
-            runs, current = (runs + [current] if current else runs), []
+            runs, current = ([*runs, current] if current else runs), []
         else:
             current = [*current, token]
-    return [tokenizer.decode(r) for r in (runs + [current] if current else runs)]
+    return [tokenizer.decode(r) for r in ([*runs, current] if current else runs)]
 
 
 def test_plain_prompt_trains_exactly_the_completion_and_eos(plain):
@@ -248,7 +248,7 @@ def test_logs_carry_the_exact_costs(plain, tmp_path):
     from transformers import TrainerCallback
 
     class Logs(TrainerCallback):
-        seen: list[dict] = []  # noqa: RUF012
+        seen: list[dict] = []
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             self.seen.append({"step": state.global_step, **logs})

@@ -108,7 +108,7 @@ def test_kill_9_and_resume(stack, cache, whole, tmp_path):
 def test_a_signal_checkpoints_and_stops(number, cache, whole, tmp_path):
     process = start(tmp_path, "ha_dw", cache)
     _, err = interrupt(process, tmp_path, 3, number)
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err  # 130 for Ctrl-C, as shells have it
     (folder,) = tmp_path.rglob("run.json")
     assert json.loads(folder.read_text())["status"] == "interrupted"
     saved = [p.name for p in tmp_path.rglob("step_*") if p.is_dir()]
