@@ -274,6 +274,8 @@ def check(cfg: DictConfig) -> None:
     make = engine_factory(cfg)
     if make.func.needs == "nothing":
         make()
+    elif make.func.needs == "folder":
+        make(model=cfg.engine.model or "known later")
 
 
 def _measure(cfg: DictConfig, writer: Any, to_request: Any, metrics: Any) -> tuple[dict[str, float], dict[str, float]]:

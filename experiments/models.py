@@ -39,7 +39,7 @@ class WarmStart:
     `seed` fixes the demonstrations and their order; None takes the seed of the run.
     """
 
-    steps: int = 450
+    steps: int = 600
     batch_size: int = 64
     learning_rate: float = 6e-3
     warmup: int = 10

@@ -156,7 +156,7 @@ def train_sft(
 
 def _train(loaded, rows, cfg, output_dir, seed, callbacks, progress, resume) -> dict[str, float]:
     from transformers import PrinterCallback
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     batches = make_batches(rows, loaded, cfg, seed)
     steps = len(batches.trained_tokens) - 1
@@ -186,7 +186,7 @@ def _train(loaded, rows, cfg, output_dir, seed, callbacks, progress, resume) -> 
 
 def _arguments(cfg: SFTSettings, steps: int, output_dir: Path, seed: int) -> Any:
     import torch
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     per_device = cfg.rows_per_device or max(1, cfg.batch_size // devices)

@@ -418,6 +418,19 @@ def test_sampling_follows_the_distribution(tiny):
         assert error.max() < 4.5  # standard errors
 
 
+@pytest.mark.parametrize("number, token", [(0.0, 1), (1.0, 2)])
+def test_no_draw_picks_an_impossible_token(number, token):
+    """The ends of the unit interval, with impossible tokens at both ends of the vocabulary."""
+    import torch
+
+    from experiments.engines.transformers import _Sampler, _Setting
+
+    sampler = _Sampler([0], _Setting(1, 1.0, 1.0, ()), 1, "cpu", False)
+    sampler.uniform_BT = torch.tensor([[number]])
+    scores = sampler(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[-torch.inf, 0.3, 0.1, -torch.inf]]))
+    assert scores.argmax().item() == token and torch.isfinite(scores).sum() == 1
+
+
 def test_logprobs_are_those_of_the_model_whatever_the_temperature(tiny):
     import torch
 
@@ -621,6 +634,19 @@ def test_a_request_that_breaks_the_server_is_its_own_fault(server):
         bad, good = engine.generate([Request(prompt="poison"), Request(prompt="a")])
     assert bad[0].finish == "error" and "assertion failed" in bad[0].error
     assert good[0].finish == "stop"
+
+
+def test_a_request_that_is_always_limited_does_not_stop_those_that_are_served(server):
+    def plan(body, count):
+        if body.get("messages", [{}])[0].get("content") == "x":
+            return BAD["429"]
+        return time.sleep(0.02)
+
+    server.plan = plan
+    with endpoint(server, concurrency=2, backoff=0.05, attempts=3) as engine:
+        bad, *good = engine.generate([Request(prompt=p, max_tokens=1) for p in "xabcdefghijklmnopqrst"])
+    assert bad[0].finish == "error" and "429" in bad[0].error
+    assert {r[0].finish for r in good} == {"length"}
 
 
 @pytest.mark.parametrize("status", [400, 403, 413, 422])

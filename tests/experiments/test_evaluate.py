@@ -334,6 +334,45 @@ def test_wrong_settings_are_refused_before_anything_is_written(job, tmp_path, wr
     assert not (tmp_path / "results").exists()
 
 
+def test_a_missing_engine_is_told_before_a_model_is_made(monkeypatch):
+    import sys
+
+    from cli.compose import compose
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match="pip install"):
+        ev.check(compose("eval", ["engine=vllm"]))
+
+
+def test_a_live_model_from_the_configuration(tmp_path, monkeypatch):
+    from cli.compose import compose
+    from experiments.records import load_run
+
+    monkeypatch.setenv("ASSAY_CACHE", str(tmp_path / "cache"))
+    line = ["model=tiny", "model.warm_start=null", "task=arithmetic", "eval.items=6", f"results_dir={tmp_path}"]
+    costs, frames = [], []
+    for more in ([], ["overwrite=true"]):
+        run = load_run(ev.run(compose("eval", [*line, *more])))
+        costs.append(run.summary["cost"])
+        frames.append(run.evals())
+    assert costs[0]["requests"] == costs[1]["cached"] == 6 and costs[1]["requests"] == 0
+    assert frames[0].equals(frames[1]) and len(frames[0]) == 6
+
+
+def test_the_command_prints_a_table_and_ends_with_the_path(job, capsys):
+    from cli.main import main
+
+    cfg = job()
+    line = [f"engine.url={cfg.engine.url}", f"task.path={cfg.task.path}", f"results_dir={cfg.results_dir}"]
+    words = ["eval", "engine=openai", "task=jsonl", "task.eval_fraction=1.0", "name=sums", *line]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    out = capsys.readouterr().out.splitlines()
+    assert not stop.value.code
+    assert any(re.search(r"score +0\.500 +\[0\.\d+, 0\.\d+\]", text) for text in out)
+    assert out[-1].startswith(f"{cfg.results_dir}/raw/sums/") and out[-1].endswith("/seed0")
+
+
 def test_methods_are_not_left_out_silently(job):
     from omegaconf import open_dict
 
