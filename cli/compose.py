@@ -113,9 +113,7 @@ def compose_full(config_name: str, overrides: Sequence[str], config_dirs: Sequen
             raise _plain(error, where=str(override.input_line)) from error
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise ConfigError(
-            f"{missing[0]} has no default and must be given", fix=f"add {missing[0]}=VALUE to the line"
-        )
+        raise ConfigError(f"{missing[0]} has no default and must be given", fix=f"add {missing[0]}=VALUE to the line")
     return Composed(cfg, choices)
 
 
@@ -315,9 +313,7 @@ def _find(key: str, defaults: DictConfig, known: dict[str, dict[str, Path]]) -> 
 
 def _unknown(key: str, defaults: DictConfig, known: dict[str, dict[str, Path]]) -> ConfigError:
     names = [*all_keys(defaults), *known, "experiment", "arms", "seeds", "smoke", "report", "jobs"]
-    return ConfigError(
-        f"there is no key '{key}'", fix=hint(key, names) or "print all keys with: assay train --cfg job"
-    )
+    return ConfigError(f"there is no key '{key}'", fix=hint(key, names) or "print all keys with: assay train --cfg job")
 
 
 def _check_type(key: str, override: Override, node: Any) -> None:

@@ -56,9 +56,9 @@ def eval_(
 
 def _tables(plan: Plan) -> None:
     """One table per run, from its record."""
-    from experiments.evaluate import table
     from experiments.records import load_run
     from experiments.run import run_folder
+    from experiments.scoring import table
 
     for job in plan.jobs:
         frame = load_run(run_folder(job.cfg)).evals()

@@ -45,7 +45,6 @@ class Experiment:
                 )
         return [arm for arm in self.arms if wanted is None or arm in wanted]
 
-
     def variant(self, smoke: bool) -> dict[str, Any]:
         """The file's own keys, for a run of it under another name; those of the smoke variant if `smoke`."""
         keys = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "path", "smoke")}

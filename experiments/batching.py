@@ -67,8 +67,12 @@ def plan(trainer, world: int | None = None) -> BatchPlan:
     if local % per_device:
         raise _undivided("a step's rows on one device do not divide by rows_per_device", local, per_device)
     if local * trainer.updates_per_generation % group:
-        raise _undivided("the rows of one process do not divide by the group size, so a group would be cut", local, group)
-    return BatchPlan(prompts, group, per_device, local // per_device, trainer.updates_per_generation, trainer.iterations, world)
+        raise _undivided(
+            "the rows of one process do not divide by the group size, so a group would be cut", local, group
+        )
+    return BatchPlan(
+        prompts, group, per_device, local // per_device, trainer.updates_per_generation, trainer.iterations, world
+    )
 
 
 def _undivided(what: str, rows: int, by: int, where: str = "trainer.rows_per_device") -> ConfigError:

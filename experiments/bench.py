@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,7 +47,7 @@ class Baton:
         self.names, self.turn = names, 0
         self.condition = threading.Condition()
         self.seconds: dict[str, list[float]] = {n: [] for n in names}
-        self.random: dict[str, object] = {}
+        self.random: dict[str, Any] = {}
 
     def wait(self, name: str) -> None:
         import torch
@@ -137,7 +138,7 @@ def plain_trainer(ours, loaded, task):
     """TRL's GRPOTrainer with the same arguments, prompts and reward."""
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl import GRPOTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     rows = task.rows("train", 0)
 
@@ -178,7 +179,8 @@ def steps(pairs: int = 60) -> None:
             thread.join()
     losses = {n: [h["loss"] for h in t.state.log_history if "loss" in h] for n, t in trainers.items()}
     median = statistics.median(baton.seconds["plain"][WARM_UP:])
-    print(f"step time, {cfg.trainer.prompts_per_step} x {cfg.trainer.rollouts_per_prompt} rows, plain TRL {median * 1e3:.0f} ms")
+    rows = cfg.trainer.prompts_per_step * cfg.trainer.rollouts_per_prompt
+    print(f"step time at {rows} rows, plain TRL {median * 1e3:.0f} ms")
     for name in ("empty", "identity"):
         ratios = [a / b for a, b in zip(baton.seconds[name], baton.seconds["plain"], strict=True)][WARM_UP:]
         same = "identical" if losses[name] == losses["plain"] else "DIFFERENT"
@@ -197,7 +199,11 @@ def hooks(sizes: tuple[int, ...] = (64, 256, 1024), tokens: int = 64, count: int
     for name in names:
         for rows in sizes:
             words = [f"method=[{name}]", f"trainer.prompts_per_step={rows // 8}", "trainer.rows_per_device=64"]
-            words += [f"trainer.max_completion_tokens={tokens}", f"trainer.max_steps={count + 1}", "trainer.save_every=0"]
+            words += [
+                f"trainer.max_completion_tokens={tokens}",
+                f"trainer.max_steps={count + 1}",
+                "trainer.save_every=0",
+            ]
             cfg = configuration(*words, "model.warm_start=null", "eval.every=0")
             task = instantiate(cfg.task)
             loaded = instantiate(cfg.model).load(task, 0)

@@ -23,7 +23,8 @@ class Progress:
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
@@ -39,7 +40,9 @@ class Progress:
         shown = ("loss", "reward", "eval/score", "groups/dead")
         note = "  ".join(f"{k} {metrics[k]:.3f}" for k in shown if metrics.get(k) is not None)
         if metrics.get("groups/dead", 0) >= 0.9:
-            note += "  (nearly all groups have equal rewards: no signal; change the task's difficulty or the temperature)"
+            note += (
+                "  (nearly all groups have equal rewards: no signal; change the task's difficulty or the temperature)"
+            )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, total=total, note=note)
             return

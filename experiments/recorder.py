@@ -42,6 +42,18 @@ class StopSignals:
         print("stopping at the next generation boundary, with a checkpoint (again to stop at once)", file=sys.stderr)
 
 
+class AfterStep(TrainerCallback):
+    """Calls the methods' `after_step`. Callbacks do not get the trainer, so this one is given it."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kw):
+        if self.trainer.last_ctx is not None:
+            self.trainer.last_ctx.step = state.global_step
+            self.trainer.stack.after_step(self.trainer.last_ctx)
+
+
 class Recorder(TrainerCallback):
     """Writes one run's record while HF's loop runs.
 

@@ -47,8 +47,11 @@ def build(cfg_reward: Sequence[Mapping[str, Any]], task: Task) -> list[RewardSpe
     entries = plain(cfg_reward)
     if not isinstance(entries, list) or not entries:
         raise ConfigError(
-            "The reward list is empty", where="reward", got=repr(entries)[:80],
-            expected="a list of entries with name, function, weight and role", fix="use reward=task",
+            "The reward list is empty",
+            where="reward",
+            got=repr(entries)[:80],
+            expected="a list of entries with name, function, weight and role",
+            fix="use reward=task",
         )
     specs = [_spec(entry, f"reward[{place}]", task) for place, entry in enumerate(entries)]
     names = [spec.name for spec in specs]
@@ -93,15 +96,19 @@ def _function(function: str, kwargs: dict, where: str, task: Task) -> RewardFn:
     builtin = {"task": _task, "length": _length, "metric": _metric}
     if function not in builtin:
         raise ConfigError(
-            f"Unknown reward function '{function}'", where=f"{where}.function",
-            expected=", ".join(builtin) + " or file.py:function", fix=nearest(function, builtin) or "use one of these",
+            f"Unknown reward function '{function}'",
+            where=f"{where}.function",
+            expected=", ".join(builtin) + " or file.py:function",
+            fix=nearest(function, builtin) or "use one of these",
         )
     made = builtin[function]
     try:
         return made(task, **kwargs)
     except TypeError as error:
         raise ConfigError(
-            f"The reward '{function}' does not take these arguments", where=f"{where}.kwargs", got=first_line(error),
+            f"The reward '{function}' does not take these arguments",
+            where=f"{where}.kwargs",
+            got=first_line(error),
             expected=str(inspect.signature(made)),
         ) from error
 
@@ -142,14 +149,17 @@ def load_function(spec: str, kwargs: Mapping[str, Any] | None = None) -> Callabl
     if not callable(function):
         own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
         raise ConfigError(
-            f"{file} has no function '{name}'", where=where, got="functions " + (", ".join(own) or "none"),
+            f"{file} has no function '{name}'",
+            where=where,
+            got="functions " + (", ".join(own) or "none"),
             fix=nearest(name, own) or "name one of these",
         )
     try:
         inspect.signature(function).bind([], [], **(kwargs or {}))
     except TypeError as error:
         raise ConfigError(
-            f"The function '{name}' cannot be called with (completions, rows, **kwargs)", where=where,
+            f"The function '{name}' cannot be called with (completions, rows, **kwargs)",
+            where=where,
             got=f"{name}{inspect.signature(function)}: {first_line(error)}",
             expected="function(completions: list[str], rows: list[Row], **kwargs) -> list[float | None]",
         ) from error
@@ -193,7 +203,9 @@ def checked(function: Callable, spec: str, kwargs: Mapping[str, Any]) -> RewardF
         except Exception as error:
             line = _line_in(error, Path(spec.rpartition(":")[0]))
             raise RunError(
-                "The reward function raised an exception", where=f"{spec}, line {line}", got=first_line(error),
+                "The reward function raised an exception",
+                where=f"{spec}, line {line}",
+                got=first_line(error),
                 fix="mend the function; --debug shows the whole traceback",
             ) from error
         try:
@@ -202,7 +214,9 @@ def checked(function: Callable, spec: str, kwargs: Mapping[str, Any]) -> RewardF
             values = [values]
         if len(values) != len(texts):
             raise RunError(
-                "The reward function returned a wrong number of values", where=spec, got=len(values),
+                "The reward function returned a wrong number of values",
+                where=spec,
+                got=len(values),
                 expected=f"a list of {len(texts)}, one per completion",
             )
         return [_value(value, place, spec) for place, value in enumerate(values)]
@@ -217,8 +231,10 @@ def _value(value: Any, place: int, spec: str) -> float | None:
         value = value.item()
     if not isinstance(value, numbers.Real) or math.isinf(value):
         raise RunError(
-            "The reward function returned something that is no finite number", where=f"{spec}, completion {place}",
-            got=repr(value)[:80], expected="a float, or None where the reward does not apply",
+            "The reward function returned something that is no finite number",
+            where=f"{spec}, completion {place}",
+            got=repr(value)[:80],
+            expected="a float, or None where the reward does not apply",
         )
     return None if math.isnan(value) else float(value)
 

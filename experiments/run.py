@@ -48,8 +48,7 @@ class PromptWrapper:
 
 def build_stack(cfg: DictConfig):
     """The stack of `cfg.method` over `cfg.objective`. ConfigError for a refused combination."""
-    from hydra.utils import instantiate
-
+    from experiments.engines.build import instantiate
     from methods.stack import Stack
 
     methods = [instantiate(node) for node in (cfg.method or {}).values()]
@@ -64,7 +63,9 @@ def check(cfg: DictConfig) -> None:
     """Everything that can be refused without loading a model; the command line calls it for every run of a sweep."""
     if is_supervised(cfg):
         if cfg.method:
-            raise ConfigError("methods hook into RL; sft has none", where="method", got=list(cfg.method), fix="method=[]")
+            raise ConfigError(
+                "methods hook into RL; sft has none", where="method", got=list(cfg.method), fix="method=[]"
+            )
         return
     batches = batching.plan(cfg.trainer)
     batching.log_every(cfg, batches)
@@ -101,10 +102,8 @@ def run(cfg: DictConfig) -> Path:
     A finished run of the same configuration is returned as it is, an unfinished one goes on from its last
     checkpoint. RecordError if the folder holds another configuration; KeyboardInterrupt(signal) after a stop.
     """
-    path, digest = run_folder(cfg), config_hash(cfg)
-    if cfg.overwrite and path.exists():
-        shutil.rmtree(path)
-    if (path / "run.json").exists() and _is_done(path, digest, cfg):
+    path = run_folder(cfg)
+    if already_done(path, cfg):
         print(f"{path}: finished earlier, skipped", file=sys.stderr)
         return path
     check(cfg)
@@ -114,7 +113,7 @@ def run(cfg: DictConfig) -> Path:
         "arm": cfg.arm,
         "seed": cfg.seed,
         "pair": f"seed{cfg.seed}",
-        "config_hash": digest,
+        "config_hash": config_hash(cfg),
         "argv": sys.argv[1:],
         "parent": cfg.model.get("init"),
     }
@@ -141,14 +140,22 @@ def run(cfg: DictConfig) -> Path:
     return path
 
 
-def _is_done(path: Path, digest: str, cfg: DictConfig) -> bool:
+def already_done(path: Path, cfg: DictConfig) -> bool:
+    """Whether `path` holds the finished record of `cfg`; `overwrite=true` throws any record there away.
+
+    RecordError if it holds another configuration.
+    """
+    if cfg.overwrite and path.exists():
+        shutil.rmtree(path)
+    if not (path / "run.json").exists():
+        return False
     earlier = load_run(path)
-    if earlier.run.get("config_hash") != digest:
+    if earlier.run.get("config_hash") != config_hash(cfg):
         changed = _changed_keys(earlier.config, OmegaConf.to_container(cfg, resolve=True))
         raise RecordError(
             "this folder holds the record of another configuration",
             where=str(path),
-            got="different " + ", ".join(changed[:6]) if changed else "another version of the configuration",
+            got="; ".join(changed[:4]) if changed else "another version of the configuration",
             fix="give the run another name=..., or overwrite=true to throw the old record away",
         )
     return earlier.finished
@@ -156,14 +163,13 @@ def _is_done(path: Path, digest: str, cfg: DictConfig) -> bool:
 
 def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     if not isinstance(old, dict) or not isinstance(new, dict):
-        return [prefix.rstrip(".")] if old != new else []
+        return [f"{prefix[:-1]}={old} there, {new} here"] if old != new else []
     keys = [k for k in {**old, **new} if prefix or k not in BOOKKEEPING]
     return [c for k in keys for c in _changed_keys(old.get(k), new.get(k), f"{prefix}{k}.")]
 
 
 def _train(cfg: DictConfig, writer: RunWriter) -> None:
-    from hydra.utils import instantiate
-
+    from experiments.engines.build import instantiate
     from experiments.recorder import StopSignals
 
     quiet()
@@ -200,10 +206,10 @@ def threads_for(loaded) -> None:
 
 
 def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> None:
-    from hydra.utils import instantiate
     from transformers import PrinterCallback
 
     from experiments import measure, rewards
+    from experiments.engines.build import instantiate
     from experiments.progress import Progress
     from experiments.recorder import Recorder
 
@@ -216,11 +222,13 @@ def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> N
             expected=f"at least {batches.prompts_per_generation}, the prompts of one generation",
             fix="lower trainer.prompts_per_step or give more rows",
         )
-    trainer = build_trainer(cfg, batches, task, loaded, rows, rewards.build(cfg.reward, task), writer.path / "checkpoints")
+    trainer = build_trainer(
+        cfg, batches, task, loaded, rows, rewards.build(cfg.reward, task), writer.path / "checkpoints"
+    )
     if cfg.get("judge"):
-        trainer.services.attach_judge(instantiate(cfg.judge))
+        trainer.services.judge_engine = instantiate(cfg.judge)
     trainer.remove_callback(PrinterCallback)
-    meter = measure.Measure(trainer, cfg, writer.path)
+    meter = measure.of_trainer(trainer, cfg, writer.path)
     with Progress(writer.path, str(batches)) as progress:
         recorder = Recorder(
             writer,
@@ -238,7 +246,9 @@ def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> N
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.received is not None and trainer.state.global_step < cfg.trainer.max_steps:
         raise KeyboardInterrupt(stop.received)
-    finish(writer, loaded, trainer.accelerator.unwrap_model(trainer.model), recorder, trainer.state_dict(), trainer.cost)
+    finish(
+        writer, loaded, trainer.accelerator.unwrap_model(trainer.model), recorder, trainer.state_dict(), trainer.cost
+    )
 
 
 def resume_from(writer: RunWriter, recorder, load_state) -> Path | None:
@@ -272,7 +282,7 @@ def finish(writer: RunWriter, loaded, model, recorder, state: dict, cost: dict) 
 def build_trainer(cfg: DictConfig, batches: batching.BatchPlan, task, loaded, rows, reward_specs, folder: Path):
     """The trainer of one run; `folder` takes its checkpoints."""
     from transformers import set_seed
-    from trl import GRPOConfig
+    from trl.trainer.grpo_config import GRPOConfig
 
     from experiments.trainer import AssayTrainer
 

@@ -21,22 +21,22 @@ from methods.errors import ConfigError
 EMBED_DIM = 512
 
 
-class BenchServices:
-    """Services of one training run; every call is timed under `time/service/<kind>`, apart from the hooks."""
+class Services:
+    """Services around an engine; every call is timed under `time/service/<kind>`, apart from the hooks."""
 
-    def __init__(self, trainer, task, seed: int) -> None:
-        self.trainer, self.task, self.seed = trainer, task, seed
-        self._judge: Any = None
-        self.tokenizer = trainer._tokenizer
-        self.limits = SimpleNamespace(
-            max_completion_tokens=trainer.max_completion_length,
-            group_size=trainer.num_generations,
-            scale_rewards=trainer.stack.objective.scale_rewards,
-        )
+    step, rank = 0, 0
+
+    def __init__(self, engine: Any, task: Any, seed: int, limits: SimpleNamespace, tokenizer: Any = None) -> None:
+        self._engine, self.task, self.seed, self.limits, self.tokenizer = engine, task, seed, limits, tokenizer
+        self.cost: dict[str, int] = defaultdict(int)
+        self.judge_engine: Any = None
         self.seconds: dict[str, float] = defaultdict(float)
-        self._engine = None
         self._orders: dict[tuple[int, str], np.ndarray] = {}
         self._depth = 0
+
+    @property
+    def engine(self) -> Any:
+        return self._engine
 
     @contextmanager
     def counted(self, kind: str):
@@ -49,34 +49,23 @@ class BenchServices:
             if self._depth == 0:
                 spent = time.perf_counter() - started
                 self.seconds[kind] += spent
-                self.trainer.stack.service_seconds += spent
+                self._charge(spent)
+
+    def _charge(self, seconds: float) -> None: ...
 
     def take_seconds(self) -> dict[str, float]:
         taken = {f"time/service/{k}": v for k, v in self.seconds.items()}
         self.seconds.clear()
         return taken
 
-    def attach_judge(self, judge: Any) -> None:
-        self._judge = judge
-
-    @property
-    def engine(self):
-        """The policy itself behind the engine protocol."""
-        if self._engine is None:
-            from experiments.engines.transformers import TransformersEngine
-
-            t = self.trainer
-            self._engine = TransformersEngine(t.accelerator.unwrap_model(t.model), self.tokenizer, chat=t.wrap_prompt.chat)
-        return self._engine
-
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]:
         from dataclasses import replace
 
-        base = derive(self.seed, "generate", stream, self.trainer.state.global_step, self.trainer.accelerator.process_index)
+        base = derive(self.seed, "generate", stream, self.step, self.rank)
         seeded = [replace(r, seed=derive(base, i)) if r.seed is None else r for i, r in enumerate(requests)]
         with self.counted("generate"):
             results = self.engine.generate(seeded)
-        self.trainer.cost["generated_tokens"] += sum(r.usage.completion_tokens for rs in results for r in rs)
+        self.cost["generated_tokens"] += sum(r.usage.completion_tokens for rs in results for r in rs)
         return results
 
     def score(self, texts: Sequence[str], rows: Sequence[Any]) -> list[float]:
@@ -92,26 +81,87 @@ class BenchServices:
             out = np.zeros((len(texts), EMBED_DIM), dtype=np.float32)
             for i, text in enumerate(texts):
                 lowered = f" {text.lower().strip()} "
-                features = lowered.split() + [lowered[k : k + 3] for k in range(len(lowered) - 2)] * bool(lowered.strip())
+                features = lowered.split() + [lowered[k : k + 3] for k in range(len(lowered) - 2)] * bool(
+                    lowered.strip()
+                )
                 hashes = np.array([zlib.crc32(f.encode()) for f in features], dtype=np.int64)
                 np.add.at(out[i], hashes % EMBED_DIM, np.where(hashes >> 16 & 1, 1.0, -1.0).astype(np.float32))
             norms = np.linalg.norm(out, axis=1, keepdims=True)
             return torch.from_numpy(out / np.maximum(norms, 1e-12))
 
     def judge(self, requests: Sequence[Any]) -> list[list[Any]]:
-        if self._judge is None:
+        if self.judge_engine is None:
             raise ConfigError(
-                "a method asks for a judge and none is configured", where="judge", fix="add +judge=<engine>, e.g. openai"
+                "a method asks for a judge and none is configured",
+                where="judge",
+                fix="add +judge=<engine>, e.g. openai",
             )
         with self.counted("judge"):
-            self.trainer.cost["judge_calls"] += len(requests)
-            return self._judge.generate(requests)
+            self.cost["judge_calls"] += len(requests)
+            return self.judge_engine.generate(requests)
+
+    def forward(self, trajs: list[Trajectory], what: Sequence[str]) -> dict[str, Tensor]:
+        raise ConfigError("a method asks for a forward pass, which only training gives", fix="guard it with ctx.mode")
+
+    def env(self, row: Any) -> Any:
+        return self.task.environment(row)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def rng(self, name: str) -> np.random.Generator:
+        return np.random.default_rng(derive(self.seed, "method", name, self.rank))
+
+    def order(self, count: int, name: str) -> np.ndarray:
+        """A fixed permutation of `count` rows, the same on every rank."""
+        if (count, name) not in self._orders:
+            self._orders[count, name] = np.random.default_rng(derive(self.seed, "order", name)).permutation(count)
+        return self._orders[count, name]
+
+
+class TrainingServices(Services):
+    """Services of one training run, over the live policy."""
+
+    def __init__(self, trainer, task, seed: int) -> None:
+        limits = SimpleNamespace(
+            max_completion_tokens=trainer.max_completion_length,
+            group_size=trainer.num_generations,
+            scale_rewards=trainer.stack.objective.scale_rewards,
+        )
+        super().__init__(None, task, seed, limits, trainer._tokenizer)
+        self.trainer, self.cost = trainer, trainer.cost
+        self.rank = trainer.accelerator.process_index
+
+    @property
+    def step(self) -> int:
+        return self.trainer.state.global_step
+
+    @property
+    def engine(self) -> Any:
+        """The policy itself behind the engine protocol."""
+        if self._engine is None:
+            from experiments.engines.transformers import TransformersEngine
+
+            t = self.trainer
+            self._engine = TransformersEngine(
+                t.accelerator.unwrap_model(t.model), self.tokenizer, chat=t.wrap_prompt.chat
+            )
+        return self._engine
+
+    def _charge(self, seconds: float) -> None:
+        self.trainer.stack.service_seconds += seconds
+
+    def gather(self, x: Tensor) -> Tensor:
+        accelerator = self.trainer.accelerator
+        return accelerator.gather(x.to(accelerator.device)).to(x.device) if accelerator.num_processes > 1 else x
 
     def forward(self, trajs: list[Trajectory], what: Sequence[str]) -> dict[str, Tensor]:
         """logps, entropies, ref_logps as (S, T), hidden as (S, T, D), rows in trajectory order."""
         unknown = set(what) - {"logps", "entropies", "ref_logps", "hidden"}
         if unknown:
-            raise ConfigError("forward cannot give this", got=sorted(unknown), expected="logps, entropies, ref_logps, hidden")
+            raise ConfigError(
+                "forward cannot give this", got=sorted(unknown), expected="logps, entropies, ref_logps, hidden"
+            )
         trainer = self.trainer
         batch = assemble(trajs, self.tokenizer.pad_token_id, trainer.accelerator.device)
         out: dict[str, Tensor] = {}
@@ -123,24 +173,10 @@ class BenchServices:
                     out["entropies"] = entropies
             if "ref_logps" in what:
                 if trainer.beta == 0.0:
-                    raise ConfigError("there is no reference model", where="objective.beta", got=0.0, fix="set objective.beta > 0")
+                    raise ConfigError(
+                        "there is no reference model", where="objective.beta", got=0.0, fix="set objective.beta > 0"
+                    )
                 out["ref_logps"] = trainer.reference_logps(batch)
             if "hidden" in what:
                 out["hidden"] = trainer.hidden_states(batch)
         return {k: v for k, v in out.items() if k in what}
-
-    def env(self, row: Any) -> Any:
-        return self.task.environment(row)
-
-    def gather(self, x: Tensor) -> Tensor:
-        accelerator = self.trainer.accelerator
-        return accelerator.gather(x.to(accelerator.device)).to(x.device) if accelerator.num_processes > 1 else x
-
-    def rng(self, name: str) -> np.random.Generator:
-        return np.random.default_rng(derive(self.seed, "method", name, self.trainer.accelerator.process_index))
-
-    def order(self, count: int, name: str) -> np.ndarray:
-        """A fixed permutation of `count` rows, the same on every rank."""
-        if (count, name) not in self._orders:
-            self._orders[count, name] = np.random.default_rng(derive(self.seed, "order", name)).permutation(count)
-        return self._orders[count, name]

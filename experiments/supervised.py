@@ -6,7 +6,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments import batching
 from experiments.records import RunWriter
 from experiments.seeds import derive
 
@@ -41,7 +40,7 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
     from experiments.sft import train_sft
 
     sft = settings(cfg)
-    measure = _Measure(cfg, task, loaded, writer.path)
+    measure = _measure(cfg, task, loaded, writer.path)
     with Progress(writer.path, f"one step = {sft.batch_size} demonstrations") as progress:
         recorder = Recorder(
             writer,
@@ -66,52 +65,29 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
     running.finish(writer, loaded, loaded.model, recorder, {}, cost)
 
 
-class _Measure:
-    """Evaluation points of a supervised run: the engine over the live model, no hooks."""
+def _measure(cfg: DictConfig, task: Any, loaded: Any, folder):
+    """The measure of a supervised run: an empty stack over the live model."""
+    from types import SimpleNamespace
 
-    def __init__(self, cfg: DictConfig, task: Any, loaded: Any, folder) -> None:
-        from experiments.engines.transformers import TransformersEngine
-        from experiments.probe import Probe
+    from experiments.engines.transformers import TransformersEngine
+    from experiments.measure import Measure
+    from experiments.services import Services
+    from experiments.tokenizers import prompt_ids
+    from methods.base import Context
+    from methods.objectives.base import Objective
+    from methods.stack import Stack
 
-        self.cfg, self.task, self.loaded = cfg, task, loaded
-        e = cfg.eval
-        self.engine = TransformersEngine(loaded.model, loaded.tokenizer, chat=loaded.chat, batch_size=e.batch_size)
-        self.rows = task.rows(e.split, e.seed)[: e["items"]]
-        pad = loaded.tokenizer.pad_token_id
-        self.probe = Probe(loaded.model, self.engine, pad, folder / "probe.safetensors") if e.kl_probe else None
-
-    @property
-    def budget(self) -> int:
-        return self.cfg.trainer.max_completion_tokens or self.task.max_completion_tokens
-
-    def prepare(self) -> None:
-        if self.probe is not None and self.rows:
-            prompts = [self._ids(row.prompt) for row in self.rows[: self.cfg.eval.kl_probe]]
-            self.probe.prepare(prompts, self.budget, derive(self.cfg.seed, "probe"))
-
-    def _ids(self, prompt: Any) -> list[int]:
-        tokenizer = self.loaded.tokenizer
-        if not self.loaded.chat:
-            return tokenizer(prompt)["input_ids"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-    def __call__(self, step: int):
-        from experiments.evaluate import evaluate
-
-        e = self.cfg.eval
-        frame = evaluate(
-            self.engine,
-            self.task,
-            self.rows,
-            samples=e.samples,
-            temperature=e.temperature,
-            top_p=e.top_p,
-            max_tokens=self.budget,
-            seed=derive(self.cfg.seed, "eval", step),
-            split=e.split,
-        )
-        extra = {"eval/score": float(frame["score"].mean())}
-        if self.probe is not None:
-            extra["kl/start"] = self.probe.kl()
-        return frame, extra
+    engine = TransformersEngine(loaded.model, loaded.tokenizer, chat=loaded.chat)
+    services = Services(engine, task, cfg.seed, SimpleNamespace(), loaded.tokenizer)
+    return Measure(
+        cfg,
+        task,
+        model=loaded.model,
+        engine=engine,
+        encode=lambda prompt: prompt_ids(prompt, loaded),
+        pad_id=loaded.tokenizer.pad_token_id,
+        max_tokens=cfg.trainer.max_completion_tokens or task.max_completion_tokens,
+        stack=Stack([], Objective()),
+        context=lambda: Context("eval", 0, 0, 1, services=services),
+        folder=folder,
+    )

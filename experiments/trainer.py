@@ -21,11 +21,13 @@ import torch
 from datasets import Dataset
 from packaging.version import Version
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import Trainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from experiments import collect
-from experiments.services import BenchServices
+from experiments.recorder import AfterStep
+from experiments.services import TrainingServices
 from methods.base import Batch, Context, LossContext, Segment, Trajectory, Turn, assemble
 from methods.errors import ConfigError
 from methods.stack import Stack
@@ -71,20 +73,8 @@ def require_trl() -> None:
         )
 
 
-def _unused_reward(**_) -> list[float]:
+def _unused_reward(*_, **__) -> list[float | None]:
     raise AssertionError("rewards are computed by the stack")
-
-
-class _AfterStep(TrainerCallback):
-    """Callbacks do not get the trainer, so this one is given it."""
-
-    def __init__(self, trainer: AssayTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kw):
-        if self.trainer.last_ctx is not None:
-            self.trainer.last_ctx.step = state.global_step
-            self.trainer.stack.after_step(self.trainer.last_ctx)
 
 
 class AssayTrainer(GRPOTrainer):
@@ -93,6 +83,14 @@ class AssayTrainer(GRPOTrainer):
     rows: training rows (experiments.tasks.base.Row). rewards: ordered RewardSpecs. scorer: the task, for
     ctx.score. wrap_prompt: turns a row's prompt into what TRL tokenises (string or messages).
     """
+
+    # TRL and transformers type these too widely to be used.
+    args: Any
+    accelerator: Any
+    processing_class: Any
+    _tokenizer: Any
+    num_generations: int
+    max_completion_length: int
 
     def __init__(self, *, stack: Stack, rows, rewards, task, wrap_prompt, seed: int, args: GRPOConfig, **kw):
         require_trl()
@@ -107,14 +105,14 @@ class AssayTrainer(GRPOTrainer):
         super().__init__(args=args, train_dataset=dataset, reward_funcs=[_unused_reward], **kw)
         self.objective_modules = torch.nn.ModuleDict(stack.objective.modules()).to(self.accelerator.device)
         self._hidden: Tensor | None = None
-        self.services = BenchServices(self, task, seed)
+        self.services = TrainingServices(self, task, seed)
         if "hidden" in stack.needs:
             self.accelerator.unwrap_model(self.model).get_decoder().register_forward_hook(self._catch_hidden)
 
     def attach(self, recorder, write_sample) -> None:
         """Hangs the record on this trainer: the callback, and where samples go."""
         self._write_sample = write_sample
-        self.add_callback(_AfterStep(self))
+        self.add_callback(AfterStep(self))
         self.add_callback(recorder)
 
     # ---- one generation ----
@@ -125,7 +123,9 @@ class AssayTrainer(GRPOTrainer):
 
     def new_context(self, mode: str) -> Context:
         step = self.state.global_step
-        ctx = Context(mode=mode, step=step, round=step // self.period, group_size=self.num_generations, services=self.services)
+        ctx = Context(
+            mode=mode, step=step, round=step // self.period, group_size=self.num_generations, services=self.services
+        )
         ctx.reward_names = [r.name for r in self.reward_specs]
         ctx.reward_roles = [r.role for r in self.reward_specs]
         ctx.reward_weights = [r.weight for r in self.reward_specs]
@@ -195,7 +195,7 @@ class AssayTrainer(GRPOTrainer):
         kept, every = ctx.trajs, [ctx.trajs]
         draws = 1
         dead = collect.dead_groups(kept, ctx.reward_names)
-        while self._any_rank(bool(dead)) and draws < self.stack.objective.max_draws:
+        while self._any_rank(bool(dead)) and draws < getattr(self.stack.objective, "max_draws", 1):
             rows = self._fresh_rows(max(len(dead), 1))
             offset = (draws * self.accelerator.num_processes) * len(self.rows)
             self._draw([row for row in rows for _ in range(self.num_generations)], ctx, first_group=offset)
@@ -317,7 +317,9 @@ class AssayTrainer(GRPOTrainer):
         lctx = self._loss_context(model, inputs)
         lctx.share = share
         loss = self.stack.loss(lctx)
-        self.meter["entropy"].append((lctx.entropies_BT.detach() * lctx.mask_BT).sum() / lctx.mask_BT.sum().clamp(min=1))
+        self.meter["entropy"].append(
+            (lctx.entropies_BT.detach() * lctx.mask_BT).sum() / lctx.mask_BT.sum().clamp(min=1)
+        )
         return loss
 
     def _loss_context(self, model, inputs) -> LossContext:
@@ -325,7 +327,9 @@ class AssayTrainer(GRPOTrainer):
         ids = torch.cat([inputs["prompt_ids"], completion_ids], dim=1)
         attention = torch.cat([inputs["prompt_mask"], completion_mask], dim=1)
         width = completion_ids.size(1)
-        logps, entropies, _ = self._get_per_token_logps_and_entropies(model, ids, attention, width, compute_entropy=True)
+        logps, entropies, _ = self._get_per_token_logps_and_entropies(
+            model, ids, attention, width, compute_entropy=True
+        )
         old = inputs.get("old_per_token_logps")
         # `num_items_in_batch` spans the generation: rescaled to one accumulation window, as TRL does.
         denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
@@ -390,4 +394,3 @@ class AssayTrainer(GRPOTrainer):
         self.objective_modules.load_state_dict(state["modules"])
         self.cost.update(state["cost"])
         self.stream_position = state["stream_position"]
-

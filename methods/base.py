@@ -47,6 +47,7 @@ class Services(Protocol):
 
     tokenizer: Any
     limits: Any
+    cost: dict[str, int]
 
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]: ...
     def score(self, texts: Sequence[str], rows: Sequence[Any]) -> list[float]: ...

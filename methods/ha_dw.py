@@ -137,7 +137,9 @@ class HaDw(Method):
 def _accuracy(reward_N: Tensor, name: str) -> float:
     valid = reward_N[~torch.isnan(reward_N)]
     if valid.numel() == 0:
-        raise RunError(f"no rollout of the batch has the reward '{name}'", where="method.ha_dw", fix="check the task's scorer")
+        raise RunError(
+            f"no rollout of the batch has the reward '{name}'", where="method.ha_dw", fix="check the task's scorer"
+        )
     low, high = float(valid.min()), float(valid.max())
     if low < 0 or high > 1:
         raise RunError(

@@ -25,15 +25,21 @@ def overrides(method: Method, hook: str) -> bool:
 
 
 class Stack:
-    """Methods in the written order over one objective. Raises ConfigError for a combination that cannot be right."""
+    """Methods in the written order over one objective. Raises ConfigError for a combination that cannot be right.
 
-    def __init__(self, methods: Sequence[Method], objective: Objective) -> None:
+    `check=False` skips the refusals, for evaluation, where nothing is trained.
+    """
+
+    def __init__(self, methods: Sequence[Method], objective: Objective, check: bool = True) -> None:
         self.methods, self.objective = list(methods), objective
         self.controls = [m for m in self.methods if isinstance(m, Control)]
         self.seconds: dict[str, float] = defaultdict(float)
         self.service_seconds = 0.0  # the bench adds what services spent, so that hooks are not charged for it
-        self._callers = {hook: [m for m in self.methods if overrides(m, hook)] for hook in vars(Method) if hook[0] != "_"}
-        self.check()
+        self._callers = {
+            hook: [m for m in self.methods if overrides(m, hook)] for hook in vars(Method) if hook[0] != "_"
+        }
+        if check:
+            self.check()
 
     # ---- composition ----
     def owner(self, hook: str) -> Method | None:
@@ -173,7 +179,9 @@ class Stack:
         adv_ST = self.signal(ctx, "advantages", adv_ST, ctx.batch.group_S)
         adv_ST = self._chain("advantages", adv_ST, ctx)
         if adv_ST.shape != ctx.batch.adv_ST.shape:
-            raise ConfigError("advantages changed shape", got=tuple(adv_ST.shape), expected=str(tuple(ctx.batch.adv_ST.shape)))
+            raise ConfigError(
+                "advantages changed shape", got=tuple(adv_ST.shape), expected=str(tuple(ctx.batch.adv_ST.shape))
+            )
         return adv_ST
 
     def select(self, batch: Batch, ctx: Context) -> Batch:

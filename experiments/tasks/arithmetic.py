@@ -60,8 +60,10 @@ class Arithmetic(Task):
             raise ConfigError("Each tier needs a whole number of operations >= 1", where=where, got=self.steps)
         if set(self.mixture) != set(self.steps) or min(self.mixture.values()) < 0 or not sum(self.mixture.values()):
             raise ConfigError(
-                "The mixture needs a weight >= 0 for each tier and one above 0", where="task.mixture",
-                got=self.mixture, expected="the tiers " + ", ".join(self.steps),
+                "The mixture needs a weight >= 0 for each tier and one above 0",
+                where="task.mixture",
+                got=self.mixture,
+                expected="the tiers " + ", ".join(self.steps),
             )
         if not 0 <= self.demo_noise <= 1:
             raise ConfigError("Not a probability", where="task.demo_noise", got=self.demo_noise, expected="0 to 1")
@@ -69,8 +71,11 @@ class Arithmetic(Task):
             space = prompts(steps) if shared(steps) else prompts(steps) // 20  # half of the expected held-out tenth
             if self.eval_rows // len(self.steps) > space:
                 raise ConfigError(
-                    f"Tier '{tier}' has too few prompts for its share of the evaluation", where="task.eval_rows",
-                    got=self.eval_rows, expected=f"at most {space * len(self.steps)}", fix="ask for fewer rows",
+                    f"Tier '{tier}' has too few prompts for its share of the evaluation",
+                    where="task.eval_rows",
+                    got=self.eval_rows,
+                    expected=f"at most {space * len(self.steps)}",
+                    fix="ask for fewer rows",
                 )
 
     def rows(self, split: str, seed: int) -> list[Row]:
@@ -114,7 +119,10 @@ class Arithmetic(Task):
         return Row(
             id=f"{tier}/{prompt}" + (f"~{occurrence}" if occurrence > 1 else ""),
             prompt=INSTRUCTIONS.format(prompt.rstrip("=")) if self.instructions else prompt,
-            answer=written[-1], tier=tier, demo=demo, meta={"totals": written},
+            answer=written[-1],
+            tier=tier,
+            demo=demo,
+            meta={"totals": written},
         )
 
     def score(self, text: str, row: Row) -> float:

@@ -164,7 +164,9 @@ def filtered(records: list[dict], columns: Sequence[str], where: Mapping, source
             values = sorted({str(r.get(column)) for r in records})
             shown = ", ".join(values[:8]) + (", ..." if len(values) > 8 else "")
             raise DataError(
-                f"No row has {column} = {' or '.join(sorted(accept))}", where=f"{source}, column '{column}'", got=shown,
+                f"No row has {column} = {' or '.join(sorted(accept))}",
+                where=f"{source}, column '{column}'",
+                got=shown,
                 fix=f"choose one of these values in {key}.where or {key}.splits",
             )
         records = kept
@@ -178,8 +180,10 @@ def columns_of(records: Sequence[Mapping]) -> list[str]:
 def missing_column(column: str, found: Sequence[str], source: str, key: str) -> DataError:
     hint = nearest(column, found)
     return DataError(
-        f"The data has no column '{column}'" + (f" ({hint})" if hint else ""), where=source,
-        got="columns " + ", ".join(found), fix=f"name the right column in {key}.<what>_column=",
+        f"The data has no column '{column}'" + (f" ({hint})" if hint else ""),
+        where=source,
+        got="columns " + ", ".join(found),
+        fix=f"name the right column in {key}.<what>_column=",
     )
 
 
@@ -226,7 +230,9 @@ def _jsonl(path: Path) -> Iterator[dict]:
                 raise DataError("The line is not JSON", where=f"{path}:{number}", got=str(error)) from error
             if not isinstance(record, dict):
                 raise DataError(
-                    "The line is no JSON object", where=f"{path}:{number}", got=type(record).__name__,
+                    "The line is no JSON object",
+                    where=f"{path}:{number}",
+                    got=type(record).__name__,
                     expected='one object per line, such as {"prompt": "2+2=", "answer": "4"}',
                 )
             yield record
@@ -245,8 +251,10 @@ def read_hub(source: str, split: str | None, subset: str | None, key: str) -> li
         if gated:
             fix = f"accept its terms on huggingface.co/datasets/{source} and run `hf auth login`, or {fix}"
         raise DataError(
-            what, where=f"{key}.path={source}, subset {subset or 'default'}, split {split or 'train'}",
-            got=first_line(error), fix=fix,
+            what,
+            where=f"{key}.path={source}, subset {subset or 'default'}, split {split or 'train'}",
+            got=first_line(error),
+            fix=fix,
         ) from error
     return [dict(record) for record in data]  # type: ignore[union-attr]
 

@@ -38,16 +38,20 @@ class ReasoningGym(Task):
 
         if self.name not in DATASETS:
             raise ConfigError(
-                f"reasoning-gym has no data set '{self.name}'", where="task.name",
-                expected=f"one of its {len(DATASETS)} names", fix=nearest(self.name, DATASETS) or "see its gallery",
+                f"reasoning-gym has no data set '{self.name}'",
+                where="task.name",
+                expected=f"one of its {len(DATASETS)} names",
+                fix=nearest(self.name, DATASETS) or "see its gallery",
             )
         config = self.config or {}
         known = {f.name for f in fields(DATASETS[self.name][1])} - {"seed", "size"}
         for key in config:
             if key not in known:
                 raise ConfigError(
-                    f"The data set '{self.name}' has no setting '{key}'", where=f"task.config.{key}",
-                    expected=", ".join(sorted(known)), fix=nearest(key, known) or "use one of these",
+                    f"The data set '{self.name}' has no setting '{key}'",
+                    where=f"task.config.{key}",
+                    expected=", ".join(sorted(known)),
+                    fix=nearest(key, known) or "use one of these",
                 )
         try:
             return reasoning_gym.create_dataset(self.name, size=size, seed=seed, **config)
@@ -63,10 +67,15 @@ class ReasoningGym(Task):
         for index in range(size):
             entry = dataset[index]
             prompt = entry["question"] + (f"\n\n{self.suffix}" if self.suffix else "")
-            rows.append(Row(
-                id=f"{split}-{index:06d}", prompt=prompt, answer=entry["answer"], tier=self._tier(entry),
-                meta={"entry": entry},
-            ))
+            rows.append(
+                Row(
+                    id=f"{split}-{index:06d}",
+                    prompt=prompt,
+                    answer=entry["answer"],
+                    tier=self._tier(entry),
+                    meta={"entry": entry},
+                )
+            )
         self.tiers = tier_order(row.tier for row in rows)
         return rows
 
@@ -79,7 +88,8 @@ class ReasoningGym(Task):
                 return f"{key}={value}"
         if self.tier_key:
             raise ConfigError(
-                f"The metadata of '{self.name}' have no single value '{self.tier_key}'", where="task.tier_key",
+                f"The metadata of '{self.name}' have no single value '{self.tier_key}'",
+                where="task.tier_key",
                 expected=", ".join(k for k, v in metadata.items() if isinstance(v, (int, float, str))),
             )
         return "all"

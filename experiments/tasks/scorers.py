@@ -246,7 +246,9 @@ def scorer(name: str, key: str = "task") -> Callable[[str, Any, Sequence[str]], 
     """The scorer called `name`. Raises ConfigError with the nearest names."""
     if name not in SCORERS:
         raise ConfigError(
-            f"Unknown scorer '{name}'", where=f"{key}.scorer", expected="one of " + ", ".join(SCORERS),
+            f"Unknown scorer '{name}'",
+            where=f"{key}.scorer",
+            expected="one of " + ", ".join(SCORERS),
             fix=nearest(name, SCORERS) or "choose one, or write your own with reward=file.py:function",
         )
     return SCORERS[name]

@@ -39,7 +39,9 @@ def member(name: str, node: object) -> Task:
     key = f"suite.{name}"
     if not isinstance(node, dict) or "_target_" not in node:
         raise ConfigError(
-            "A suite member is a task", where=key, got=repr(node)[:80],
+            "A suite member is a task",
+            where=key,
+            got=repr(node)[:80],
             expected="a mapping with _target_ and the fields of that task",
         )
     module, _, cls_name = str(node["_target_"]).rpartition(".")
@@ -52,7 +54,9 @@ def member(name: str, node: object) -> Task:
     for field_name in values:
         if field_name not in known:
             raise ConfigError(
-                f"Unknown key '{field_name}'", where=key, expected=", ".join(sorted(known)),
+                f"Unknown key '{field_name}'",
+                where=key,
+                expected=", ".join(sorted(known)),
                 fix=nearest(field_name, known) or "use one of these",
             )
     task = cls(**{"name": name, **values})
@@ -74,7 +78,9 @@ def load(tasks: Sequence[Task], split: str, seed: int) -> Loaded:
     if not loaded.tasks:
         first = next(iter(loaded.left_out.values()))
         raise DataError(
-            "No member of the suite could be read", where="suite", got=", ".join(loaded.left_out),
+            "No member of the suite could be read",
+            where="suite",
+            got=", ".join(loaded.left_out),
             fix=f"see the reason of the first one: {first}",
         )
     return loaded

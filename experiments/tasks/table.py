@@ -126,7 +126,9 @@ class TableTask(Task):
             if not kept:
                 values = ", ".join(sorted({str(r.get(column)) for _, r in records})[:8])
                 raise DataError(
-                    f"No row has {column} = {named}", where=source, got=values,
+                    f"No row has {column} = {named}",
+                    where=source,
+                    got=values,
                     fix=f"set {key}.splits.{split}= to one of these, or {key}.split_column=null",
                 )
             return kept, source
@@ -136,7 +138,9 @@ class TableTask(Task):
         kept = [(k, r) for k, r in records if self._is_eval(str(r.get(str(prompt)))) == (split != "train")]
         if not kept:
             raise DataError(
-                f"No row is left for the split '{split}'", where=source, got=f"{len(records)} rows in all",
+                f"No row is left for the split '{split}'",
+                where=source,
+                got=f"{len(records)} rows in all",
                 fix=f"change {key}.eval_fraction={self.eval_fraction}, or give {key}.eval_path=",
             )
         return kept, source
@@ -162,7 +166,8 @@ class TableTask(Task):
         if usual is None and what in ("prompt", "answer"):
             guess = nearest(USUAL[what][0], found)
             raise DataError(
-                f"The data has no {what} column by a usual name ({', '.join(USUAL[what])})", where=source,
+                f"The data has no {what} column by a usual name ({', '.join(USUAL[what])})",
+                where=source,
                 got="columns " + ", ".join(found),
                 fix=f"set {self.config_key}.{what}_column= to one of these" + (f"; {guess}" if guess else ""),
             )
@@ -173,8 +178,11 @@ class TableTask(Task):
         for column in self.wrong_columns:
             self._find("wrong", column, found, source)
         asked = {
-            "prompt": self.prompt_column, "answer": self.answer_column, "id": self.id_column,
-            "tier": self.tier_column, "demo": self.demo_column,
+            "prompt": self.prompt_column,
+            "answer": self.answer_column,
+            "id": self.id_column,
+            "tier": self.tier_column,
+            "demo": self.demo_column,
             "choices": None if self.wrong_columns else self.choices_column,
         }
         return {what: self._find(what, column, found, source) for what, column in asked.items()}
@@ -202,8 +210,12 @@ class TableTask(Task):
             meta["lettered"] = options
         self._check_gold(answer, bool(options), where)
         return Row(
-            id=name, prompt=self._ask(prompt, options, where), answer=answer, tier=self.tier_of(cell("tier"), record),
-            demo=self.demo_of(cell("demo"), record) if split == "train" else None, meta=meta,
+            id=name,
+            prompt=self._ask(prompt, options, where),
+            answer=answer,
+            tier=self.tier_of(cell("tier"), record),
+            demo=self.demo_of(cell("demo"), record) if split == "train" else None,
+            meta=meta,
         )
 
     def _check_gold(self, answer: Any, choices: bool, where: str) -> None:
@@ -215,7 +227,9 @@ class TableTask(Task):
             good = re.fullmatch("[A-J]", str(answer).strip().upper()) is not None
         if not good:
             raise DataError(
-                f"The answer does not suit the scorer '{self.scorer}'", where=where, got=repr(answer)[:100],
+                f"The answer does not suit the scorer '{self.scorer}'",
+                where=where,
+                got=repr(answer)[:100],
                 fix=f"set {self.config_key}.scorer=math_verify or exact, or {self.config_key}.answer_column=",
             )
 
@@ -228,7 +242,9 @@ class TableTask(Task):
         good = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
         if not good:
             raise DataError(
-                "The prompt is neither text nor chat messages", where=where, got=repr(prompt)[:100],
+                "The prompt is neither text nor chat messages",
+                where=where,
+                got=repr(prompt)[:100],
                 expected='text, or a list such as [{"role": "user", "content": "..."}]',
             )
         return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + extra}]

@@ -14,6 +14,7 @@ their aggregation alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,8 @@ class Grpo(PolicyGradient):
     clips = True
 
     def token_loss(self, ratio: Tensor, lctx: LossContext) -> Tensor:
+        low: Any
+        high: Any
         low, high = lctx.clip_range or (self.epsilon_low, self.epsilon_high)
         if isinstance(low, Tensor) or isinstance(high, Tensor):  # clamp takes two numbers or two tensors
             low, high = (torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device) for x in (low, high))

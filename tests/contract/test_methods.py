@@ -75,7 +75,7 @@ def same(a, b):
 def test_two_steps_state_and_evaluation(name, make_trainer, tmp_path):
     """Two steps train; the state survives a checkpoint; evaluation changes none of it."""
     from experiments import checkpoints
-    from experiments.measure import Measure
+    from experiments.measure import of_trainer
 
     trainer = make_trainer([method(name)])
     trainer.train()
@@ -89,7 +89,7 @@ def test_two_steps_state_and_evaluation(name, make_trainer, tmp_path):
     before = copy.deepcopy(trainer.state_dict())
     random_state = torch.random.get_rng_state()
     cfg = OmegaConf.create({"seed": 0, "eval": EVAL})
-    measure = Measure(trainer, cfg, tmp_path)
+    measure = of_trainer(trainer, cfg, tmp_path)
     measure.prepare()
     frame, extra = measure(2)
     assert len(frame) == 12 and set(extra) == {"eval/score", "kl/start"}

@@ -14,7 +14,9 @@ from methods.errors import RecordError
 
 leaf = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 tensor = st.lists(st.floats(-1, 1, width=32), max_size=4).map(torch.tensor)
-states = st.recursive(leaf | tensor, lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=4), s, max_size=3))
+states = st.recursive(
+    leaf | tensor, lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=4), s, max_size=3)
+)
 
 
 def same(a, b):

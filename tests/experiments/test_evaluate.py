@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from experiments import evaluate as ev
+from experiments import scoring
 from experiments.engines.base import Request, Result, Usage
 from experiments.engines.progress import progress_bar
 from experiments.tasks.base import Row, Task
@@ -66,8 +67,8 @@ def right(row: Row, n: int = 1) -> list[str]:
 def test_columns_scores_and_requests():
     engine = Scripted({row.prompt: right(row) if row.tier == "easy" else ["x~"] for row in ROWS})
     done = []
-    frame = ev.evaluate(engine, Adding(), ROWS, seed=3, progress=done.append)
-    assert list(frame.columns) == [*ev.COLUMNS, "digits"]
+    frame = scoring.evaluate(engine, Adding(), ROWS, seed=3, progress=done.append)
+    assert list(frame.columns) == [*scoring.COLUMNS, "digits"]
     assert frame["score"].tolist() == [1, 1, 1, 0, 0, 0]
     assert frame["length"].tolist() == [1, 1, 1, 2, 2, 2]  # ids, not the engine's own count
     assert frame["finish"].tolist() == ["stop"] * 3 + ["length"] * 3
@@ -80,28 +81,28 @@ def test_columns_scores_and_requests():
 
 def test_the_stream_of_an_item_depends_on_seed_and_item_only():
     settings = {"samples": 2, "temperature": 1.0, "top_p": 0.9, "max_tokens": 5}
-    all_of_them = ev.make_requests(Adding(), ROWS, **settings, seed=1)
-    assert ev.make_requests(Adding(), ROWS[3:], **settings, seed=1) == all_of_them[3:]
-    assert ev.make_requests(Adding(), ROWS[3:], **settings, seed=2) != all_of_them[3:]
+    all_of_them = scoring.make_requests(Adding(), ROWS, **settings, seed=1)
+    assert scoring.make_requests(Adding(), ROWS[3:], **settings, seed=1) == all_of_them[3:]
+    assert scoring.make_requests(Adding(), ROWS[3:], **settings, seed=2) != all_of_them[3:]
     assert all_of_them[0].max_tokens == 5 and all_of_them[0].top_p == 0.9
 
 
 def test_errors_are_nan_and_counted_never_zero():
     engine = Scripted({row.prompt: right(row) if row.tier == "easy" else [None] for row in ROWS})
-    frame = ev.evaluate(engine, Adding(), ROWS)
+    frame = scoring.evaluate(engine, Adding(), ROWS)
     assert frame["score"].isna().tolist() == [False] * 3 + [True] * 3
     assert frame["length"].isna().sum() == 3 and frame["digits"].isna().sum() == 3
     assert frame.attrs["errors"] == {"overloaded": 3}
-    values = ev.summarise(frame)
+    values = scoring.summarise(frame)
     assert values["score"] == 1.0 and values["errors"] == 0.5 and values["items"] == 3 and values["truncated"] == 0.0
-    assert "3 of 6 completions could not be had" in ev.table(frame)
+    assert "3 of 6 completions could not be had" in scoring.table(frame)
 
 
 def test_hooks_change_the_request_and_add_columns():
     import dataclasses
 
     engine = Scripted({f"Q {row.prompt}": right(row) for row in ROWS})
-    frame = ev.evaluate(
+    frame = scoring.evaluate(
         engine,
         Adding(),
         ROWS,
@@ -113,23 +114,23 @@ def test_hooks_change_the_request_and_add_columns():
 
 def test_messages_go_as_messages():
     row = Row("m", [{"role": "user", "content": "hi"}], "x")
-    (request,) = ev.make_requests(Adding(), [row], samples=1, temperature=0, top_p=1.0, max_tokens=None, seed=0)
+    (request,) = scoring.make_requests(Adding(), [row], samples=1, temperature=0, top_p=1.0, max_tokens=None, seed=0)
     assert request.messages == row.prompt and request.prompt is None
 
 
 def test_no_rows_give_an_empty_frame():
-    frame = ev.evaluate(Scripted({}), Adding(), [])
-    assert list(frame.columns) == list(ev.COLUMNS) and len(frame) == 0
+    frame = scoring.evaluate(Scripted({}), Adding(), [])
+    assert list(frame.columns) == list(scoring.COLUMNS) and len(frame) == 0
 
 
 def four_samples(*correct: int):
     """A frame with four samples per item, of which `correct[i]` are right."""
     answers = {row.prompt: right(row, c) + ["wrong"] * (4 - c) for row, c in zip(ROWS, correct, strict=True)}
-    return ev.evaluate(Scripted(answers), Adding(), ROWS, samples=4, temperature=1.0)
+    return scoring.evaluate(Scripted(answers), Adding(), ROWS, samples=4, temperature=1.0)
 
 
 def test_summary_values():
-    values = ev.summarise(four_samples(4, 2, 0, 1, 0, 2), ks=(1, 2, 4, 8))
+    values = scoring.summarise(four_samples(4, 2, 0, 1, 0, 2), ks=(1, 2, 4, 8))
     assert values["score"] == values["avg@4"] == pytest.approx(9 / 24)
     assert values["score/easy"] == pytest.approx(6 / 12) and values["score/hard"] == pytest.approx(3 / 12)
     assert values["pass@1"] == pytest.approx(9 / 24)
@@ -141,24 +142,26 @@ def test_summary_values():
 
 def test_items_lost_in_part_count_with_what_is_left():
     answers = {row.prompt: ["wrong", row.answer] for row in ROWS} | {ROWS[0].prompt: [None, ROWS[0].answer]}
-    frame = ev.evaluate(Scripted(answers), Adding(), ROWS, samples=2, temperature=1.0)
-    values = ev.summarise(frame, ks=(1, 2))
+    frame = scoring.evaluate(Scripted(answers), Adding(), ROWS, samples=2, temperature=1.0)
+    values = scoring.summarise(frame, ks=(1, 2))
     assert values["score"] == pytest.approx((1 + 5 * 0.5) / 6)  # mean of item means
     assert values["pass@2"] == 1.0 and "avg@2" not in values
 
 
 def test_intervals_are_clustered_by_item():
     """Four equal samples of an item are no more evidence than one."""
-    once = ev.evaluate(Scripted({r.prompt: right(r) if i % 2 else ["x"] for i, r in enumerate(ROWS)}), Adding(), ROWS)
+    once = scoring.evaluate(
+        Scripted({r.prompt: right(r) if i % 2 else ["x"] for i, r in enumerate(ROWS)}), Adding(), ROWS
+    )
     often = four_samples(0, 4, 0, 4, 0, 4)
-    a, b = ev.summarise(once), ev.summarise(often)
+    a, b = scoring.summarise(once), scoring.summarise(often)
     assert (a["score.low"], a["score.high"]) == (b["score.low"], b["score.high"])
     assert a["score.low"] < 0.25 and a["score.high"] > 0.75
 
 
 def test_a_score_of_zero_is_not_certain():
-    frame = ev.evaluate(Scripted({row.prompt: ["x"] for row in ROWS}), Adding(), ROWS)
-    values = ev.summarise(frame)
+    frame = scoring.evaluate(Scripted({row.prompt: ["x"] for row in ROWS}), Adding(), ROWS)
+    values = scoring.summarise(frame)
     assert values["score.low"] == 0.0 and values["score.high"] == pytest.approx(1 - 0.025 ** (1 / 6))
 
 
@@ -166,15 +169,15 @@ def test_equal_ids_of_two_splits_are_two_items():
     import pandas as pd
 
     engine = Scripted({row.prompt: right(row) for row in ROWS})
-    parts = [ev.evaluate(engine, Adding(), ROWS, split=name) for name in ("one", "two")]
+    parts = [scoring.evaluate(engine, Adding(), ROWS, split=name) for name in ("one", "two")]
     frame = pd.concat(parts, ignore_index=True)
-    assert ev.summarise(frame)["items"] == 12
-    text = ev.table(frame, "title")
+    assert scoring.summarise(frame)["items"] == 12
+    text = scoring.table(frame, "title")
     assert text.startswith("title\n") and "one: 6 items" in text and "mean of 2 tasks: 1.000" in text
 
 
 def test_powers():
-    assert ev.powers(1) == (1,) and ev.powers(6) == (1, 2, 4, 6) and ev.powers(8) == (1, 2, 4, 8)
+    assert scoring.powers(1) == (1,) and scoring.powers(6) == (1, 2, 4, 6) and scoring.powers(8) == (1, 2, 4, 8)
 
 
 def test_progress_without_a_terminal(capsys):
@@ -373,27 +376,17 @@ def test_the_command_prints_a_table_and_ends_with_the_path(job, capsys):
     assert out[-1].startswith(f"{cfg.results_dir}/raw/sums/") and out[-1].endswith("/seed0")
 
 
-def test_methods_are_not_left_out_silently(job):
-    from omegaconf import open_dict
-
-    cfg = job()
-    with open_dict(cfg):
-        cfg.method = {"ha_dw": {}}
-    with pytest.raises(ConfigError, match="ha_dw"):
-        ev.run(cfg)
-
-
 def test_nan_scores_of_a_task_stay_nan():
     class Broken(Adding):
         def score(self, text, row):
             return math.nan
 
-    frame = ev.evaluate(Scripted({row.prompt: right(row) for row in ROWS}), Broken(), ROWS)
+    frame = scoring.evaluate(Scripted({row.prompt: right(row) for row in ROWS}), Broken(), ROWS)
     assert frame["score"].isna().all()
-    assert math.isnan(ev.summarise(frame)["score"])
+    assert math.isnan(scoring.summarise(frame)["score"])
 
 
 def test_request_is_what_engines_get():
     engine = Scripted({row.prompt: right(row) for row in ROWS})
-    ev.evaluate(engine, Adding(), ROWS)
+    scoring.evaluate(engine, Adding(), ROWS)
     assert all(isinstance(request, Request) for request in engine.asked)

@@ -336,7 +336,9 @@ def test_extra_loss_is_invariant_to_accumulation_and_adds_up(make_trainer):
             methods = [Term() for _ in range(terms)]
             for i, m in enumerate(methods):
                 m.name = f"term{i}"
-            trainer = make_trainer(methods, Dapo(), rows_per_device=rows_per_device, max_steps=1, reward=lambda t, r: [1.0] * len(t))
+            trainer = make_trainer(
+                methods, Dapo(), rows_per_device=rows_per_device, max_steps=1, reward=lambda t, r: [1.0] * len(t)
+            )
             trainer.train()
             norms[rows_per_device, terms] = trainer.state.log_history[0]["grad_norm"]
     assert norms[16, 2] == pytest.approx(2 * norms[16, 1], rel=1e-5)

@@ -30,12 +30,18 @@ def one(entry: dict, task) -> rewards.RewardSpec:
 
 def test_list_keeps_order_weights_and_roles(task):
     specs = rewards.build(
-        [{"name": "length", "weight": 0, "role": "aux"}, {"name": "task"},
-         {"name": "tidy", "function": "metric", "weight": 0.5, "role": "format", "kwargs": {"key": "exact_format"}}],
+        [
+            {"name": "length", "weight": 0, "role": "aux"},
+            {"name": "task"},
+            {"name": "tidy", "function": "metric", "weight": 0.5, "role": "format", "kwargs": {"key": "exact_format"}},
+        ],
         task,
     )
     assert [(s.name, s.weight, s.role) for s in specs] == [
-        ("length", 0.0, "aux"), ("task", 1.0, "outcome"), ("tidy", 0.5, "format")]
+        ("length", 0.0, "aux"),
+        ("task", 1.0, "outcome"),
+        ("tidy", 0.5, "format"),
+    ]
     rows = task.rows("train", 0)
     texts = [str(r.demo) for r in rows[:3]] + ["", rows[4].answer + "x", "x"]
     assert specs[0].fn(texts, rows) == [float(len(t)) for t in texts]
@@ -135,12 +141,18 @@ def test_user_function_errors(tmp_path: Path, task, body: str, says: str):
 @pytest.mark.parametrize(
     ("entries", "says"),
     [
-        ([], "list is empty"), ({"name": "task"}, "list is empty"), (["task"], r"mapping.*reward\[0\]"),
-        ([{"name": "tsk"}], "did you mean 'task'"), ([{"name": "task", "wieght": 1}], "did you mean 'weight'"),
-        ([{"name": "task", "weight": "1"}], "finite number"), ([{"name": "task", "weight": math.nan}], "finite number"),
-        ([{"name": "task", "weight": True}], "finite number"), ([{"name": "task", "role": "main"}], "Unknown role"),
+        ([], "list is empty"),
+        ({"name": "task"}, "list is empty"),
+        (["task"], r"mapping.*reward\[0\]"),
+        ([{"name": "tsk"}], "did you mean 'task'"),
+        ([{"name": "task", "wieght": 1}], "did you mean 'weight'"),
+        ([{"name": "task", "weight": "1"}], "finite number"),
+        ([{"name": "task", "weight": math.nan}], "finite number"),
+        ([{"name": "task", "weight": True}], "finite number"),
+        ([{"name": "task", "role": "main"}], "Unknown role"),
         ([{"name": "task"}, {"name": "task", "weight": 0}], "Two rewards are called 'task'"),
-        ([{"name": "metric"}], "does not take these arguments"), ([{"name": "task", "kwargs": {"k": 1}}], "arguments"),
+        ([{"name": "metric"}], "does not take these arguments"),
+        ([{"name": "task", "kwargs": {"k": 1}}], "arguments"),
         ([{"name": "length", "kwargs": {"unit": "miles"}}], "Unknown unit"),
     ],
 )

@@ -140,8 +140,18 @@ def test_arithmetic_mixture():
 
 @pytest.mark.parametrize(
     ("text", "score", "exact", "steps"),
-    [("29", 1, 1, 1), (" 29\n", 1, 1, 1), ("9", 1, 0, 0), ("09", 1, 1, 0.5), ("20", 0, 1, 0.5), ("", 0, 0, 0),
-     ("2+9", 0, 0, 0.5), ("299", 1, 0, 1), ("x9", 0, 0, 0.5), ("\u0669", 0, 0, 0)],
+    [
+        ("29", 1, 1, 1),
+        (" 29\n", 1, 1, 1),
+        ("9", 1, 0, 0),
+        ("09", 1, 1, 0.5),
+        ("20", 0, 1, 0.5),
+        ("", 0, 0, 0),
+        ("2+9", 0, 0, 0.5),
+        ("299", 1, 0, 1),
+        ("x9", 0, 0, 0.5),
+        ("\u0669", 0, 0, 0),
+    ],
 )
 def test_arithmetic_score_is_of_the_outcome_only(text: str, score: float, exact: float, steps: float):
     row = Row(id="x", prompt="7+5-3=", answer="9", meta={"totals": "29"})
@@ -163,8 +173,12 @@ def test_arithmetic_in_words():
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"steps": {"a": 0}, "mixture": {"a": 1}}, "task.steps"), ({"mixture": {"easy": 1}}, "task.mixture"),
-     ({"demo_noise": 1.5}, "task.demo_noise"), ({"eval_rows": 3000}, "too few prompts")],
+    [
+        ({"steps": {"a": 0}, "mixture": {"a": 1}}, "task.steps"),
+        ({"mixture": {"easy": 1}}, "task.mixture"),
+        ({"demo_noise": 1.5}, "task.demo_noise"),
+        ({"eval_rows": 3000}, "too few prompts"),
+    ],
 )
 def test_arithmetic_refuses(change: dict, says: str):
     with pytest.raises(ConfigError, match=says):
@@ -203,8 +217,11 @@ def test_reasoning_gym_extraction():
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"name": "chain_sun"}, "did you mean 'chain_sum'"), ({"config": {"min_term": 2}}, "did you mean 'min_terms'"),
-     ({"config": {"min_terms": 9, "max_terms": 2}}, "refuses its settings")],
+    [
+        ({"name": "chain_sun"}, "did you mean 'chain_sum'"),
+        ({"config": {"min_term": 2}}, "did you mean 'min_terms'"),
+        ({"config": {"min_terms": 9, "max_terms": 2}}, "refuses its settings"),
+    ],
 )
 def test_reasoning_gym_refuses(change: dict, says: str):
     with pytest.raises(ConfigError, match=says):
@@ -263,8 +280,15 @@ def test_split_column_and_eval_path(tmp_path: Path):
 def test_user_file_with_columns_tiers_and_demos(tmp_path: Path):
     rows = [{"q": f"q{k}", "gold": k, "kind": ["b", "a"][k % 2], "way": f"w{k}", "note": k} for k in range(20)]
     task = Jsonl(
-        path=str(write_jsonl(tmp_path / "a.jsonl", rows)), prompt_column="q", answer_column="gold",
-        tier_column="kind", demo_column="way", tiers=("b", "a"), suffix="Go.", scorer="number", eval_fraction=0.5,
+        path=str(write_jsonl(tmp_path / "a.jsonl", rows)),
+        prompt_column="q",
+        answer_column="gold",
+        tier_column="kind",
+        demo_column="way",
+        tiers=("b", "a"),
+        suffix="Go.",
+        scorer="number",
+        eval_fraction=0.5,
     )
     train, held = task.rows("train", 0), task.rows("eval", 0)
     assert task.tiers == ("b", "a")
@@ -283,8 +307,13 @@ def test_choices_are_lettered():
 
 @pytest.mark.parametrize(
     ("choices", "answer", "letter"),
-    [(["u", "v", "w"], "C", "C"), (["u", "v", "w"], 1, "B"), (["u", "v", "w"], "w", "C"),
-     ({"text": ["u", "v"], "label": ["1", "2"]}, "2", "B"), (["3", "1", "2"], "1", "B")],
+    [
+        (["u", "v", "w"], "C", "C"),
+        (["u", "v", "w"], 1, "B"),
+        (["u", "v", "w"], "w", "C"),
+        ({"text": ["u", "v"], "label": ["1", "2"]}, "2", "B"),
+        (["3", "1", "2"], "1", "B"),
+    ],
 )
 def test_gold_letter(tmp_path: Path, choices: object, answer: object, letter: str):
     file = write_jsonl(tmp_path / "a.jsonl", [{"question": "Q?", "choices": choices, "answer": answer}])
@@ -305,8 +334,12 @@ def test_gold_that_is_no_option(tmp_path: Path):
 def test_wrong_columns_are_mixed_with_the_answer(tmp_path: Path):
     rows = [{"Q": f"Q{k}", "right": f"r{k}", "w1": "x", "w2": "y"} for k in range(40)]
     task = TableTask(
-        path=str(write_jsonl(tmp_path / "a.jsonl", rows)), prompt_column="Q", answer_column="right",
-        wrong_columns=["w1", "w2"], scorer="choice", eval_fraction=1.0,
+        path=str(write_jsonl(tmp_path / "a.jsonl", rows)),
+        prompt_column="Q",
+        answer_column="right",
+        wrong_columns=["w1", "w2"],
+        scorer="choice",
+        eval_fraction=1.0,
     )
     found = task.rows("eval", 0)
     assert {r.answer for r in found} == {"A", "B", "C"}
@@ -412,12 +445,18 @@ def test_real_gsm8k(data: Path):
 def test_real_olympiadbench_and_mmlu_pro_as_suite_members(data: Path):
     cfg = {
         "olympiadbench": {
-            "_target_": "experiments.tasks.table.TableTask", "path": str(data / "math_suite" / "math_suite.parquet"),
-            "where": {"set": "olympiadbench"}, "scorer": "math_verify", "eval_fraction": 1.0,
+            "_target_": "experiments.tasks.table.TableTask",
+            "path": str(data / "math_suite" / "math_suite.parquet"),
+            "where": {"set": "olympiadbench"},
+            "scorer": "math_verify",
+            "eval_fraction": 1.0,
         },
         "mmlu_pro": {
-            "_target_": "experiments.tasks.table.TableTask", "path": str(data / "mmlu_pro" / "mmlu_pro.parquet"),
-            "scorer": "choice", "tier_column": "category", "eval_fraction": 1.0,
+            "_target_": "experiments.tasks.table.TableTask",
+            "path": str(data / "mmlu_pro" / "mmlu_pro.parquet"),
+            "scorer": "choice",
+            "tier_column": "category",
+            "eval_fraction": 1.0,
         },
         "gone": {"_target_": "experiments.tasks.table.TableTask", "path": "missing.jsonl"},
         "dropped": None,

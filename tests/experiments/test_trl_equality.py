@@ -88,7 +88,16 @@ def plain_trl(trainer, arithmetic, random_model, reward, loss_type, extra):
     rows = arithmetic.rows("train", 0)
     args = {k: v for k, v in trainer.args.to_dict().items() if k in GRPOConfig.__dataclass_fields__}
     keep = ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
-    keep += ("num_generations", "num_iterations", "max_steps", "learning_rate", "logging_steps", "seed", "use_cpu", "bf16")
+    keep += (
+        "num_generations",
+        "num_iterations",
+        "max_steps",
+        "learning_rate",
+        "logging_steps",
+        "seed",
+        "use_cpu",
+        "bf16",
+    )
     keep += ("max_completion_length", "warmup_steps", "lr_scheduler_type", "temperature", "top_k", "save_strategy")
     keep += ("report_to", "disable_tqdm", "dataloader_pin_memory", "beta")
     chosen = {k: args[k] for k in keep} | {"gradient_checkpointing": False, "loss_type": loss_type} | extra

@@ -32,7 +32,9 @@ def rows(batch):
     out = []
     for s in range(batch.rows):
         p, c = batch.prompt_mask_SP[s].bool(), batch.completion_mask_ST[s].bool()
-        out.append((batch.prompt_ids_SP[s][p].tolist(), batch.completion_ids_ST[s][c].tolist(), int(batch.extras["id"][s])))
+        out.append(
+            (batch.prompt_ids_SP[s][p].tolist(), batch.completion_ids_ST[s][c].tolist(), int(batch.extras["id"][s]))
+        )
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
@@ -66,7 +66,7 @@ def test_corollaries():
     def average(G, high):
         cuts = [0.0, *(k / G for k in range(1, G) if k / G < high), high]
         parts = []
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in pairwise(cuts):
             x = np.linspace(a, b, 2001)[1:-1]
             parts.append(np.mean([overestimated(p, G) for p in x]) * (b - a))
         return sum(parts) / high

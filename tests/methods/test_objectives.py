@@ -73,19 +73,26 @@ def over_rows(lctx, term):
 
 FORMULAS = {
     "grpo": lambda c: over_rows(c, lambda b, t: clip_term(token_ratio(c, b, t), float(c.adv_BT[b, t]), 0.2, 0.2)),
-    "dr_grpo": lambda c: sum(clip_term(token_ratio(c, b, t), float(c.adv_BT[b, t]), 0.2, 0.2) for b, t in tokens(c))
-    / (len(LENGTHS) * MAX_TOKENS)
-    / ACCUMULATION,
-    "bnpo": lambda c: sum(clip_term(token_ratio(c, b, t), float(c.adv_BT[b, t]), 0.2, 0.2) for b, t in tokens(c))
-    / int(c.mask_BT.sum())
-    / ACCUMULATION,
-    "dapo": lambda c: sum(clip_term(token_ratio(c, b, t), float(c.adv_BT[b, t]), 0.2, 0.28) for b, t in tokens(c)) / 20.0,
-    "cispo": lambda c: sum(
-        -min(token_ratio(c, b, t), 5.0) * float(c.adv_BT[b, t] * c.logps_BT[b, t]) for b, t in tokens(c)
-    )
-    / 20.0,
+    "dr_grpo": lambda c: (
+        sum(clip_term(token_ratio(c, b, t), float(c.adv_BT[b, t]), 0.2, 0.2) for b, t in tokens(c))
+        / (len(LENGTHS) * MAX_TOKENS)
+        / ACCUMULATION
+    ),
+    "bnpo": lambda c: (
+        sum(clip_term(token_ratio(c, b, t), float(c.adv_BT[b, t]), 0.2, 0.2) for b, t in tokens(c))
+        / int(c.mask_BT.sum())
+        / ACCUMULATION
+    ),
+    "dapo": lambda c: (
+        sum(clip_term(token_ratio(c, b, t), float(c.adv_BT[b, t]), 0.2, 0.28) for b, t in tokens(c)) / 20.0
+    ),
+    "cispo": lambda c: (
+        sum(-min(token_ratio(c, b, t), 5.0) * float(c.adv_BT[b, t] * c.logps_BT[b, t]) for b, t in tokens(c)) / 20.0
+    ),
     "gspo": lambda c: over_rows(c, lambda b, t: clip_term(sequence_ratio(c, b), float(c.adv_BT[b, 0]), 3e-4, 4e-4)),
-    "gspo_token": lambda c: over_rows(c, lambda b, t: clip_term(sequence_ratio(c, b), float(c.adv_BT[b, t]), 3e-4, 4e-4)),
+    "gspo_token": lambda c: over_rows(
+        c, lambda b, t: clip_term(sequence_ratio(c, b), float(c.adv_BT[b, t]), 3e-4, 4e-4)
+    ),
     "sapo": lambda c: over_rows(c, lambda b, t: sapo_term(token_ratio(c, b, t), float(c.adv_BT[b, t]))),
 }
 
@@ -134,7 +141,9 @@ def test_sapo_gradient_weight():
         a, r = float(lctx.adv_BT[b, t]), token_ratio(lctx, b, t)
         tau = 1.0 if a > 0 else 1.05
         q = 1 / (1 + math.exp(-tau * (r - 1)))
-        assert float(found[b, t]) == pytest.approx(-4 * q * (1 - q) * r * a / row_length(lctx, b) / 8, rel=1e-4, abs=1e-7)
+        assert float(found[b, t]) == pytest.approx(
+            -4 * q * (1 - q) * r * a / row_length(lctx, b) / 8, rel=1e-4, abs=1e-7
+        )
 
 
 def test_masked_tokens_have_no_gradient():

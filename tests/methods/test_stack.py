@@ -95,7 +95,7 @@ def test_a_hook_that_forgets_to_return_is_named():
         def prepare_rows(self, rows, ctx):
             return None
 
-    with pytest.raises(ConfigError, match="prepare_rows.*forgets"):
+    with pytest.raises(ConfigError, match=r"prepare_rows.*forgets"):
         Stack([Forgets()], Grpo()).prepare_rows([1], None)
 
 

@@ -97,7 +97,7 @@ def test_task_files(case, assay, tmp_path):
     words = [w for w in SMALL if not w.startswith("task.")]
     code, err = assay(*words, "task=jsonl", f"task.path={path}", small=False)
     assert code == 2 and message in paragraph(err)
-    assert not list(tmp_path.rglob("metrics.jsonl")) or not list(tmp_path.rglob("metrics.jsonl"))[0].read_text()
+    assert not list(tmp_path.rglob("metrics.jsonl")) or not next(iter(tmp_path.rglob("metrics.jsonl"))).read_text()
 
 
 def test_nan_reward(assay, tmp_path):

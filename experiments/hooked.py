@@ -1,0 +1,97 @@
+"""Rollouts for evaluation with the methods' hooks in evaluation mode: `prepare_rows`, `rollout`, `eval_metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.engines.base import Request, Result, Usage
+from experiments.seeds import derive
+from methods.base import Context, Segment, Trajectory, Turn
+from methods.stack import Stack
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: `samples` completions per item, each with a stream of its own derived from `seed`."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+
+
+def rollouts(
+    stack: Stack,
+    ctx: Context,
+    engine: Any,
+    items: Sequence[Any],
+    how: Sampling,
+    encode: Callable[[Any], list[int]] | None = None,
+) -> tuple[list[Trajectory], dict[str, list[float]]]:
+    """Trajectories of every item and sample (samples of an item in a row), and the methods' own columns.
+
+    `encode` turns a row's prompt into ids; without it the engine does, and segments carry no prompt ids.
+    """
+    ctx.group_size = how.samples
+    ctx.rows = stack.prepare_rows([row for row in items for _ in range(how.samples)], ctx)
+    ctx.trajs = stack.rollout(ctx.rows, ctx, lambda rows: _sample(engine, rows, how, encode))
+    return ctx.trajs, stack.eval_metrics(ctx.trajs, ctx)
+
+
+def as_results(trajs: Sequence[Trajectory], samples: int) -> list[list[Result]]:
+    """Trajectories as engine results, `samples` per item, for scoring."""
+    results = [Result(t.text, None, None, t.finish, Usage(0, t.length)) for t in trajs]  # type: ignore[arg-type]
+    return [results[i : i + samples] for i in range(0, len(results), samples)]
+
+
+def _sample(engine: Any, rows: Sequence[Any], how: Sampling, encode) -> list[Trajectory]:
+    requests, ids_of = [], {}
+    for i, row in enumerate(rows):
+        if encode is not None:
+            ids_of[id(row)] = ids_of.get(id(row)) or encode(row.prompt)
+            prompt: dict[str, Any] = {"prompt_ids": ids_of[id(row)]}
+        else:
+            prompt = {"prompt" if isinstance(row.prompt, str) else "messages": row.prompt}
+        seed = derive(how.seed, row.id, i % how.samples)
+        requests.append(
+            Request(**prompt, max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p, seed=seed)
+        )
+    results = [r[0] for r in engine.generate(requests)]
+    return [
+        Trajectory(
+            row_id=row.id,
+            group_id=i // how.samples,
+            sample_id=i % how.samples,
+            segments=[Segment(requests[i].prompt_ids or [], result.ids or [])],
+            turns=[Turn(0, 0, len(result.ids or []))],
+            finish=result.finish,
+            text=result.text,
+            row=row,
+        )
+        for i, (row, result) in enumerate(zip(rows, results, strict=True))
+    ]
+
+
+def stack_of(cfg: Any) -> Stack:
+    """The methods of `cfg.method` as they were trained in `cfg.model.init`, or fresh; for evaluation only."""
+    from pathlib import Path
+
+    from experiments import checkpoints
+    from experiments.engines.build import instantiate
+    from experiments.weights import find_init
+    from methods.objectives.base import Objective
+
+    # Nothing is trained, so no objective can be wrong.
+    stack = Stack([instantiate(node) for node in cfg.method.values()], Objective(), check=False)
+    init = cfg.model.get("init")
+    if init:
+        folder = Path(find_init(init, int(cfg.seed), cfg.results_dir))
+        if (folder / "state.json").is_file():
+            saved = checkpoints.read_state(folder)["trainer"].get("stack", {}).get("methods", {})
+            for method in stack.methods:
+                if method.name in saved:
+                    method.load_state_dict(saved[method.name])
+    return stack
