@@ -81,14 +81,18 @@ def _undivided(what: str, rows: int, by: int, where: str = "trainer.rows_per_dev
     return ConfigError(what, where=where, got=f"{rows} rows and {by}", expected="a divisor", fix=f"{close} would do")
 
 
-def log_every(cfg, batches: BatchPlan) -> int:
+def log_every(cfg, period: int) -> int:
     """Steps between log lines. ConfigError unless log, save and end fall on generation boundaries."""
-    every = cfg.trainer.log_every or batches.period
+    every = cfg.trainer.log_every or period
+    if cfg.trainer.keep_checkpoints < 1:
+        raise ConfigError(
+            "a run keeps at least one checkpoint", where="trainer.keep_checkpoints", got=cfg.trainer.keep_checkpoints
+        )
     checks = (
-        ("trainer.log_every", every, batches.period, "one generation"),
+        ("trainer.log_every", every, period, "one generation"),
         ("trainer.save_every", cfg.trainer.save_every, every, "trainer.log_every"),
         ("trainer.max_steps", cfg.trainer.max_steps, every, "trainer.log_every"),
-        ("eval.every", cfg.eval.every, batches.period, "one generation"),
+        ("eval.every", cfg.eval.every, every, "trainer.log_every"),
     )
     for key, value, unit, unit_name in checks:
         if value % unit:

@@ -32,18 +32,28 @@ class Meter(defaultdict):
         return means
 
 
-def summary(ctx: Context) -> dict[str, Any]:
-    """What is always logged of a generation: rewards, lengths, groups without signal, size of the advantage."""
-    batch, trajs = ctx.batch, ctx.trajs
-    assert batch is not None
+def learning_names(ctx: Context) -> list[str]:
+    """The rewards that are trained on; those of weight 0 are recorded only."""
+    return [n for n, w in zip(ctx.reward_names, ctx.reward_weights, strict=True) if w]
+
+
+def summary(ctx: Context, batch: Batch) -> dict[str, Any]:
+    """What is always logged of a generation: rewards, lengths, groups without signal, size of the advantage.
+
+    Rewards are those of every draw; the advantage is that of `batch`, after `select`.
+    """
+    trajs = ctx.trajs
     drawn = [t for t in trajs if not t.is_demo] or trajs
-    values: dict[str, Any] = {f"reward/{n}": torch.nanmean(ctx.reward(n)) for n in ctx.reward_names}
-    values["reward"] = torch.nanmean(ctx.total_reward())
+    draws = {n: ctx.rewards_all.get(n, ctx.reward(n)) for n in ctx.reward_names}
+    values: dict[str, Any] = {f"reward/{n}": torch.nanmean(x) for n, x in draws.items()}
+    weighted = torch.stack([w * draws[n] for n, w in zip(ctx.reward_names, ctx.reward_weights, strict=True) if w])
+    values["reward"] = torch.nanmean(weighted.nansum(0).where(~weighted.isnan().all(0), torch.nan))
     values["completions/mean_length"] = sum(t.length for t in drawn) / len(drawn)
     values["completions/truncated"] = sum(t.finish == "length" for t in drawn) / len(drawn)
     groups = len({t.group_id for t in trajs})
-    values["groups/dead"] = len(dead_groups(trajs, ctx.reward_names)) / groups
-    values["advantage/abs"] = (batch.adv_ST.abs() * batch.model_mask_ST).sum() / batch.model_mask_ST.sum()
+    values["groups/dead"] = len(dead_groups(trajs, learning_names(ctx))) / groups
+    tokens = batch.model_mask_ST.sum().clamp(min=1)
+    values["advantage/abs"] = (batch.adv_ST.abs() * batch.model_mask_ST).sum() / tokens
     return values
 
 
@@ -144,15 +154,19 @@ def row_slice(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Ten
     return part
 
 
-def samples(ctx: Context, tokenizer, keep: int) -> list[dict[str, Any]]:
-    """The first rollouts of the generation as records for the sample browser: first row of each trajectory."""
-    batch = ctx.batch
-    assert batch is not None
-    stride = max(1, len(ctx.trajs) // max(keep, 1))
+def samples(ctx: Context, batch: Batch, tokenizer, keep: int) -> list[dict[str, Any]]:
+    """Up to `keep` rollouts of one group (another one each generation) for the sample browser.
+
+    The first row of each trajectory, with the advantages that it is trained on.
+    """
+    groups = list(group_rows(batch.trajs).values())
+    if not groups:
+        return []
+    chosen = groups[ctx.round % len(groups)][:keep]
+    index_of = {id(t): i for i, t in reversed(list(enumerate(batch.trajs)))}
     out = []
-    for i in range(0, len(ctx.trajs), stride)[:keep]:
-        t = ctx.trajs[i]
-        row = int((batch.traj_S == i).nonzero()[0])
+    for t in chosen:
+        row = int((batch.traj_S == index_of[id(t)]).nonzero()[0])
         ids = t.segments[0].completion_ids
         out.append(
             {

@@ -35,13 +35,14 @@ def run(cfg: DictConfig, *, to_request: ToRequest | None = None, metrics: Metric
     from omegaconf import OmegaConf
 
     from experiments.records import RunWriter
-    from experiments.run import config_hash, run_folder
+    from experiments.run import config_hash, make_room, run_folder
 
     path = run_folder(cfg)
     if _is_done(path, cfg):
         print(f"{path}: finished earlier, skipped", file=sys.stderr)
         return path
     check(cfg)
+    make_room(path, cfg)
     meta = {
         "command": "eval",
         "experiment": cfg.experiment,

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.engines.base import Request, Result, Usage
 from experiments.seeds import derive
-from methods.base import Context, Segment, Trajectory, Turn
+from methods.base import ConfigError, Context, Segment, Trajectory, Turn
 from methods.stack import Stack
 
 
@@ -38,6 +38,15 @@ def rollouts(
     ctx.group_size = how.samples
     ctx.rows = stack.prepare_rows([row for row in items for _ in range(how.samples)], ctx)
     ctx.trajs = stack.rollout(ctx.rows, ctx, lambda rows: _sample(engine, rows, how, encode))
+    asked = [(row.id, False) for row in items for _ in range(how.samples)]
+    if [(t.row_id, t.is_demo) for t in ctx.trajs] != asked:
+        raise ConfigError(
+            "a hook chose other items, left some out, or gave demonstrations in evaluation",
+            where="method",
+            got=", ".join(m.name for m in stack.methods),
+            expected="one own rollout per item and sample, in order",
+            fix="look at ctx.mode in prepare_rows and rollout",
+        )
     return ctx.trajs, stack.eval_metrics(ctx.trajs, ctx)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from experiments.engines.base import Engine, Request
-from experiments.files import os_errors
+from experiments.files import replace
 from methods.base import Batch, Segment, Trajectory, assemble
 
 CHUNK = 16  # rows per forward: the probe holds full logits
@@ -44,8 +44,7 @@ class Probe:
         width = max(len(p) + len(c) for p, c in pairs)
         ids = torch.tensor([[*p, *c] + [0] * (width - len(p) - len(c)) for p, c in pairs])
         lengths = torch.tensor([[len(p), len(c)] for p, c in pairs])
-        with os_errors(self.path):
-            save_file({"ids": ids, "lengths": lengths, "logps": self.start_logps_ST}, self.path)
+        replace(self.path, save({"ids": ids, "lengths": lengths, "logps": self.start_logps_ST}))
 
     def _set(self, pairs) -> None:
         trajs = [Trajectory(str(i), i, 0, [Segment(p, c)]) for i, (p, c) in enumerate(pairs)]

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from experiments import checkpoints
 from experiments.records import RunWriter
+from methods.errors import RunError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -95,7 +96,11 @@ class Recorder(TrainerCallback):
         return self.seconds + time.perf_counter() - self._mark
 
     def state(self) -> dict:
-        return {"trainer": self.state_fn(), "seconds": self.total_seconds}
+        return {"trainer": self.state_fn(), "seconds": self.total_seconds, "last_logs": self.last_logs}
+
+    def load(self, step: int, state: dict) -> None:
+        """Takes up the record where an earlier sitting saved it."""
+        self.step, self.seconds, self.last_logs = step, state["seconds"], state["last_logs"]
 
     # ---- HF's events ----
     def on_train_begin(self, args, state, control, **kw):
@@ -116,6 +121,13 @@ class Recorder(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kw):
         if not logs or "train_runtime" in logs:
             return
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise RunError(
+                "the loss is not finite",
+                where=f"step {state.global_step}",
+                got=logs["loss"],
+                fix="lower trainer.learning_rate; the run goes on from its last checkpoint",
+            )
         step, total = state.global_step, self.total_seconds
         before_step, before = self._logged_at
         timing = {"time/step": (total - before) / max(step - before_step, 1), "time/total": total}

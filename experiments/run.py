@@ -66,9 +66,12 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(
                 "methods hook into RL; sft has none", where="method", got=list(cfg.method), fix="method=[]"
             )
+        batching.log_every(cfg, period=1)
         return
     batches = batching.plan(cfg.trainer)
-    batching.log_every(cfg, batches)
+    batching.log_every(cfg, batches.period)
+    if batches.world > 1:
+        raise ConfigError("runs on several processes are not offered yet", where="WORLD_SIZE", got=batches.world)
     if cfg.trainer.lr_schedule not in SCHEDULES:
         raise ConfigError(
             "unknown learning-rate schedule",
@@ -107,6 +110,7 @@ def run(cfg: DictConfig) -> Path:
         print(f"{path}: finished earlier, skipped", file=sys.stderr)
         return path
     check(cfg)
+    make_room(path, cfg)
     meta = {
         "command": "train",
         "experiment": cfg.experiment,
@@ -141,13 +145,11 @@ def run(cfg: DictConfig) -> Path:
 
 
 def already_done(path: Path, cfg: DictConfig) -> bool:
-    """Whether `path` holds the finished record of `cfg`; `overwrite=true` throws any record there away.
+    """Whether `path` holds the finished record of `cfg`. RecordError if it holds another configuration.
 
-    RecordError if it holds another configuration.
+    `overwrite=true` answers no whatever is there; the caller then throws it away.
     """
-    if cfg.overwrite and path.exists():
-        shutil.rmtree(path)
-    if not (path / "run.json").exists():
+    if cfg.overwrite or not (path / "run.json").exists():
         return False
     earlier = load_run(path)
     if earlier.run.get("config_hash") != config_hash(cfg):
@@ -159,6 +161,13 @@ def already_done(path: Path, cfg: DictConfig) -> bool:
             fix="give the run another name=..., or overwrite=true to throw the old record away",
         )
     return earlier.finished
+
+
+def make_room(path: Path, cfg: DictConfig) -> None:
+    """Throws an earlier record away where `overwrite=true` asks for it; after `check`, so that a typo costs nothing."""
+    if cfg.overwrite and path.exists():
+        with os_errors(path):
+            shutil.rmtree(path)
 
 
 def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -234,17 +243,20 @@ def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> N
             writer,
             state=trainer.state_dict,
             evaluate=meter,
-            boundary=batching.log_every(cfg, batches),
+            boundary=batching.log_every(cfg, batches.period),
             eval_every=cfg.eval.every,
             keep=cfg.trainer.keep_checkpoints,
             stop=stop,
             progress=progress,
         )
-        trainer.attach(recorder, writer.sample)
+        trainer.attach(recorder, writer.sample, cfg.record.samples_per_step)
         resume = resume_from(writer, recorder, trainer.load_state_dict)
         meter.prepare()
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if stop.received is not None and trainer.state.global_step < cfg.trainer.max_steps:
+        if recorder.step < cfg.trainer.max_steps:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        else:  # killed between the last checkpoint and the summary: nothing is left to train
+            trainer._load_from_checkpoint(str(resume))
+    if stop.received is not None and recorder.step < cfg.trainer.max_steps:
         raise KeyboardInterrupt(stop.received)
     finish(
         writer, loaded, trainer.accelerator.unwrap_model(trainer.model), recorder, trainer.state_dict(), trainer.cost
@@ -259,7 +271,7 @@ def resume_from(writer: RunWriter, recorder, load_state) -> Path | None:
     if checkpoint:
         state = checkpoints.read_state(checkpoint)
         load_state(state["trainer"])
-        recorder.seconds = state["seconds"]
+        recorder.load(step, state)
         print(f"going on from step {step}", file=sys.stderr)
         writer.cut(step)
     else:
@@ -310,7 +322,8 @@ def build_trainer(cfg: DictConfig, batches: batching.BatchPlan, task, loaded, ro
         beta=stack.objective.beta,
         scale_rewards=stack.objective.scale_rewards,
         loss_type="grpo",  # unused: the objective computes the loss; TRL warns about odd pairs of its own
-        logging_steps=batching.log_every(cfg, batches),
+        logging_steps=batching.log_every(cfg, batches.period),
+        logging_nan_inf_filter=False,  # it would show a NaN as the mean of the losses before it
         save_strategy="steps",
         save_steps=t.save_every or t.max_steps,
         report_to=cfg.record.report_to,

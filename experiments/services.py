@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -33,6 +33,8 @@ class Services:
         self.seconds: dict[str, float] = defaultdict(float)
         self._orders: dict[tuple[int, str], np.ndarray] = {}
         self._depth = 0
+        self._calls: Counter[str] = Counter()
+        self._calls_step = -1
 
     @property
     def engine(self) -> Any:
@@ -61,7 +63,11 @@ class Services:
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]:
         from dataclasses import replace
 
-        base = derive(self.seed, "generate", stream, self.step, self.rank)
+        # A stream goes on within a step; it starts anew with each step, so that a resumed run draws the same.
+        if self._calls_step != self.step:
+            self._calls_step, self._calls = self.step, Counter()
+        self._calls[stream] += 1
+        base = derive(self.seed, "generate", stream, self.step, self.rank, self._calls[stream])
         seeded = [replace(r, seed=derive(base, i)) if r.seed is None else r for i, r in enumerate(requests)]
         with self.counted("generate"):
             results = self.engine.generate(seeded)

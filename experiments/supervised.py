@@ -38,6 +38,7 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
     from experiments.progress import Progress
     from experiments.recorder import Recorder
     from experiments.sft import train_sft
+    from experiments.weights import load_weights
 
     sft = settings(cfg)
     measure = _measure(cfg, task, loaded, writer.path)
@@ -56,12 +57,16 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
         measure.prepare()
         seed = derive(cfg.seed, "train")
         folder = writer.path / "checkpoints"
-        result = train_sft(
-            loaded, rows, sft, output_dir=folder, seed=seed, callbacks=[recorder], progress=False, resume=resume
-        )
-    if stop.received is not None and result["steps"] < cfg.trainer.max_steps:
+        if recorder.step < cfg.trainer.max_steps:
+            train_sft(
+                loaded, rows, sft, output_dir=folder, seed=seed, callbacks=[recorder], progress=False, resume=resume
+            )
+        else:  # killed between the last checkpoint and the summary: nothing is left to train
+            load_weights(loaded.model, str(resume))
+    if stop.received is not None and recorder.step < cfg.trainer.max_steps:
         raise KeyboardInterrupt(stop.received)
-    cost = {k: result[k] for k in ("trained_tokens", "forwarded_tokens")} | {"generated_tokens": 0, "judge_calls": 0}
+    kinds = ("trained_tokens", "forwarded_tokens", "generated_tokens", "judge_calls")
+    cost = {k: recorder.last_logs.get(f"cost/{k}", 0) for k in kinds}
     running.finish(writer, loaded, loaded.model, recorder, {}, cost)
 
 

@@ -26,13 +26,13 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from experiments import collect
+from experiments.optim import add_modules
 from experiments.recorder import AfterStep
 from experiments.services import TrainingServices
 from methods.base import Batch, Context, LossContext, Segment, Trajectory, Turn, assemble
 from methods.errors import ConfigError
 from methods.stack import Stack
 
-SAMPLES_PER_STEP = 4
 TRL_RANGE = ("1.15", "1.17")
 RELIED_ON = {
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations"),
@@ -109,9 +109,9 @@ class AssayTrainer(GRPOTrainer):
         if "hidden" in stack.needs:
             self.accelerator.unwrap_model(self.model).get_decoder().register_forward_hook(self._catch_hidden)
 
-    def attach(self, recorder, write_sample) -> None:
+    def attach(self, recorder, write_sample, samples_per_step: int = 8) -> None:
         """Hangs the record on this trainer: the callback, and where samples go."""
-        self._write_sample = write_sample
+        self._write_sample, self._samples_per_step = write_sample, samples_per_step
         self.add_callback(AfterStep(self))
         self.add_callback(recorder)
 
@@ -126,9 +126,8 @@ class AssayTrainer(GRPOTrainer):
         ctx = Context(
             mode=mode, step=step, round=step // self.period, group_size=self.num_generations, services=self.services
         )
-        ctx.reward_names = [r.name for r in self.reward_specs]
-        ctx.reward_roles = [r.role for r in self.reward_specs]
-        ctx.reward_weights = [r.weight for r in self.reward_specs]
+        for r in self.reward_specs:
+            ctx.add_reward(r.name, r.role, r.weight)
         ctx.signal_fn = self.stack.signal
         return ctx
 
@@ -136,16 +135,17 @@ class AssayTrainer(GRPOTrainer):
         started = time.perf_counter()
         ctx = self.new_context("train")
         self._draw([self.rows[i["index"]] for i in inputs], ctx)
-        ctx.rewards_all = {name: ctx.reward(name) for name in ctx.reward_names}
         if self.stack.objective.dynamic_sampling:
             self._redraw_dead_groups(ctx)
+        else:
+            ctx.rewards_all = {name: ctx.reward(name) for name in ctx.reward_names}
         batch = assemble(ctx.trajs, self._tokenizer.pad_token_id, self.accelerator.device)
         ctx.batch = batch
         self._forward_needs(batch)
         self.stack.token_rewards(ctx.trajs, ctx)
         batch.adv_ST = self.stack.advantages(ctx)
-        self._log_generation(ctx)
         selected = self.stack.select(batch, ctx)
+        self._log_generation(ctx, selected)
         output = self._to_inputs(batch, selected)
         self.last_ctx = ctx
         self.meter["time/generation"].append(time.perf_counter() - started)
@@ -158,7 +158,6 @@ class AssayTrainer(GRPOTrainer):
         if first_group:
             for t in ctx.trajs:
                 t.group_id += first_group
-        self.cost["generated_tokens"] += sum(t.length for t in ctx.trajs if not t.is_demo)
         collect.score(ctx.trajs, self.reward_specs, step=ctx.step)
         self.stack.rewards(ctx.trajs, ctx)
 
@@ -173,6 +172,7 @@ class AssayTrainer(GRPOTrainer):
         with self.services.counted("generation"):
             prompt_ids, images, fields = self._tokenize_prompts(prompts)
             completion_ids, logprobs = self._generate_single_turn(prompt_ids, images, fields, G)
+        self.cost["generated_tokens"] += sum(map(len, completion_ids))
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         rank_offset = self.accelerator.process_index * (len(rows) // G)
@@ -194,14 +194,15 @@ class AssayTrainer(GRPOTrainer):
         """Dynamic sampling: groups whose rewards are all equal are replaced by new prompts, up to max_draws draws."""
         kept, every = ctx.trajs, [ctx.trajs]
         draws = 1
-        dead = collect.dead_groups(kept, ctx.reward_names)
+        names = collect.learning_names(ctx)
+        dead = collect.dead_groups(kept, names)
         while self._any_rank(bool(dead)) and draws < getattr(self.stack.objective, "max_draws", 1):
             rows = self._fresh_rows(max(len(dead), 1))
             offset = (draws * self.accelerator.num_processes) * len(self.rows)
             self._draw([row for row in rows for _ in range(self.num_generations)], ctx, first_group=offset)
             every.append(ctx.trajs)
-            kept = collect.replace_groups(kept, dead, ctx.trajs, ctx.reward_names)
-            dead = collect.dead_groups(kept, ctx.reward_names)
+            kept = collect.replace_groups(kept, dead, ctx.trajs, names)
+            dead = collect.dead_groups(kept, names)
             draws += 1
         ctx.trajs = [t for draw in every for t in draw]
         ctx.rewards_all = {name: ctx.reward(name) for name in ctx.reward_names}
@@ -270,8 +271,9 @@ class AssayTrainer(GRPOTrainer):
 
     # ---- from trajectories to TRL's dict ----
     def _to_inputs(self, generated: Batch, selected: Batch) -> dict[str, Tensor]:
-        untouched = selected is generated and selected.row_weight_S is None
-        slices = self.args.steps_per_generation
+        slices, limit = self.args.steps_per_generation, self.args.per_device_train_batch_size
+        regular = selected is generated and selected.row_weight_S is None and selected.rows == slices * limit
+        untouched = not self._any_rank(not regular)
         if not untouched:
             selected = collect.fill(selected.trim(), slices, self.accelerator)
         self.cost["trained_tokens"] += int(selected.model_mask_ST.sum()) * self.num_iterations
@@ -354,21 +356,23 @@ class AssayTrainer(GRPOTrainer):
         optimizer = super().create_optimizer(*args, **kw)
         if self.objective_modules and not getattr(self, "_modules_added", False):
             rate = getattr(self.stack.objective, "modules_learning_rate", self.args.learning_rate)
-            optimizer.add_param_group({"params": list(self.objective_modules.parameters()), "lr": rate})
+            add_modules(optimizer, self.objective_modules, rate, self.args.max_grad_norm)
             self._modules_added = True
         return optimizer
 
     # ---- logs ----
-    def _log_generation(self, ctx: Context) -> None:
-        """The advantage logged is the one trained on (before `select` drops whole trajectories)."""
-        for name, value in (collect.summary(ctx) | ctx.logs | self.stack.metrics()).items():
+    def _log_generation(self, ctx: Context, selected: Batch) -> None:
+        """The advantages logged, and shown in samples, are those trained on; rewards are those of every draw."""
+        for name, value in collect.summary(ctx, selected).items():
             self.meter[name].append(value)
         if self._write_sample is not None and self.accelerator.is_main_process:
-            for sample in collect.samples(ctx, self._tokenizer, SAMPLES_PER_STEP):
+            for sample in collect.samples(ctx, selected, self._tokenizer, self._samples_per_step):
                 self._write_sample(sample)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs |= self.meter.drain(self.accelerator)
+        if self.last_ctx is not None:
+            logs |= self.last_ctx.logs
+        logs |= self.meter.drain(self.accelerator) | self.stack.metrics()
         logs |= {f"cost/{k}": v for k, v in self.cost.items()}
         logs |= {f"time/hook/{k}": v for k, v in self.stack.take_seconds().items()}
         logs |= self.services.take_seconds()

@@ -90,6 +90,17 @@ def _merged(model: Any) -> Any:
     return merged
 
 
+def load_weights(model: Any, folder: str | Path) -> None:
+    """Puts the weights of a checkpoint (whole model or adapter) into `model`."""
+    if hasattr(model, "peft_config"):
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(model, load_file(Path(folder) / "adapter_model.safetensors"))
+        return
+    model.load_state_dict(_read_model(folder, str(model.dtype).removeprefix("torch.")).state_dict())
+
+
 def _read_adapter(folder: Path, dtype: str, **options: Any) -> Any:
     from peft import PeftModel
 

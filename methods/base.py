@@ -130,6 +130,13 @@ class Context:
         """(N,) values of one named reward of this process's trajectories; NaN where it does not apply."""
         return torch.tensor([t.rewards.get(name, float("nan")) for t in self.trajs], dtype=torch.float32)
 
+    def add_reward(self, name: str, role: str = "aux", weight: float = 0.0) -> None:
+        """Declares a named reward (a `rewards` hook that fills `traj.rewards[name]` calls this; repeats are fine)."""
+        if name not in self.reward_names:
+            self.reward_names.append(name)
+            self.reward_roles.append(role)
+            self.reward_weights.append(weight)
+
     def reward_name(self, role: str) -> str:
         """The one reward with this role. ConfigError if none or several carry it."""
         names = [n for n, r in zip(self.reward_names, self.reward_roles, strict=True) if r == role]
@@ -195,7 +202,10 @@ class LossContext:
         """The same view with log-probs and entropies cut from the graph (what `token_advantages` sees)."""
         from dataclasses import replace
 
-        return replace(self, logps_BT=self.logps_BT.detach(), entropies_BT=self.entropies_BT.detach())
+        hidden = None if self.hidden_BTD is None else self.hidden_BTD.detach()
+        return replace(
+            self, logps_BT=self.logps_BT.detach(), entropies_BT=self.entropies_BT.detach(), hidden_BTD=hidden
+        )
 
 
 class Method:

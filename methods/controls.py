@@ -62,9 +62,9 @@ class Shuffle(Control):
         # Sorting by (id, noise) permutes inside each id; sorting by (id, position) names the places to fill.
         noisy = torch.tensor(sorted(range(len(x)), key=lambda i: (int(ids[i]), order[i])), dtype=torch.long)
         places = torch.argsort(ids, stable=True)
-        out = x.clone()
-        out[places] = x[noisy]
-        return out
+        index = torch.empty_like(noisy)
+        index[places] = noisy
+        return rows_from(x, index, ctx)
 
 
 @dataclass
@@ -76,4 +76,20 @@ class Random(Control):
 
     def change(self, x: Tensor, within: Tensor | None, ctx: Context) -> Tensor:
         drawn = ctx.rng(f"control/{self.name}/{self.target}").integers(0, len(x), size=len(x))
-        return x[torch.from_numpy(drawn)]
+        return rows_from(x, torch.from_numpy(drawn), ctx)
+
+
+def rows_from(x: Tensor, index: Tensor, ctx: Context) -> Tensor:
+    """x[index] along the first dimension; credit on tokens is laid onto the receiver's own model tokens.
+
+    Rows differ in length: a receiver longer than its donor goes on with the donor's last value, and nothing is
+    left on padding or tool text.
+    """
+    index = index.to(x.device)
+    mask_ST = None if ctx.batch is None else ctx.batch.model_mask_ST
+    if mask_ST is None or x.shape != mask_ST.shape:
+        return x[index]
+    positions = torch.arange(x.shape[1], device=x.device).expand_as(mask_ST)
+    last_ST = torch.cummax(torch.where(mask_ST.bool(), positions, -1), dim=1).values
+    source_ST = torch.where(last_ST < 0, mask_ST.argmax(1, keepdim=True), last_ST)
+    return x[index].gather(1, source_ST[index]) * mask_ST

@@ -76,7 +76,7 @@ class HaDw(Method):
         diff_S = torch.nan_to_num(p_hat_N - belief).to(adv_ST.device)[batch.traj_S]
         direction_ST = -torch.sign(adv_ST) * torch.sign(diff_S).unsqueeze(1)
         direction_ST = ctx.signal(self, "direction", direction_ST, batch.group_S)
-        magnitude_S = ctx.signal(self, "magnitude", diff_S.abs(), batch.group_S)
+        magnitude_S = ctx.signal(self, "magnitude", diff_S.abs())
         phi_ST = self.lambda_scale * torch.exp(direction_ST * magnitude_S.unsqueeze(1))
         weighted_ST = phi_ST * adv_ST
         self._note(phi_ST, adv_ST, weighted_ST, diff_S, batch, prior, accuracy)

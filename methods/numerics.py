@@ -41,18 +41,36 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1.0)
 
 
-def discounted_returns(rewards_ST: Tensor, mask_ST: Tensor, gamma: float = 1.0) -> Tensor:
-    """G_t = rho_t + gamma * G_{t+1} over the model tokens of each row.
+def discounted_returns(
+    rewards_ST: Tensor, mask_ST: Tensor, gamma: float = 1.0, after_S: Tensor | None = None
+) -> Tensor:
+    """G_t = rho_t + gamma * G_{t+1} over the model tokens of each row; `after_S` follows a row's last token.
 
     Tokens outside the mask (tool text, padding) neither pay nor discount: the next model token follows directly.
     """
     returns = torch.zeros_like(rewards_ST)
-    running = torch.zeros_like(rewards_ST[:, 0])
+    running = torch.zeros_like(rewards_ST[:, 0]) if after_S is None else after_S
     if gamma == 1.0:
         masked = rewards_ST * mask_ST
-        return masked.flip(1).cumsum(1).flip(1) * mask_ST
+        return (masked.flip(1).cumsum(1).flip(1) + running.unsqueeze(1)) * mask_ST
     for t in range(rewards_ST.shape[1] - 1, -1, -1):
         on = mask_ST[:, t].to(rewards_ST.dtype)
         running = on * (rewards_ST[:, t] + gamma * running) + (1 - on) * running
         returns[:, t] = running * on
     return returns
+
+
+def trajectory_returns(rewards_ST: Tensor, mask_ST: Tensor, traj_S: Tensor, gamma: float = 1.0) -> Tensor:
+    """Discounted returns that run on from a row to the next row of the same trajectory (rows in trajectory order)."""
+    if len(torch.unique(traj_S)) == len(traj_S):
+        return discounted_returns(rewards_ST, mask_ST, gamma)
+    returns_ST = torch.zeros_like(rewards_ST)
+    after = torch.zeros_like(rewards_ST[:1, 0])
+    for row in range(len(traj_S) - 1, -1, -1):
+        if row + 1 < len(traj_S) and traj_S[row] != traj_S[row + 1]:
+            after = torch.zeros_like(after)
+        one = slice(row, row + 1)
+        returns_ST[one] = discounted_returns(rewards_ST[one], mask_ST[one], gamma, after)
+        if mask_ST[row].any():
+            after = returns_ST[one, int(mask_ST[row].argmax())]
+    return returns_ST

@@ -15,6 +15,7 @@ from methods.controls import Control
 from methods.errors import ConfigError, nearest
 from methods.objectives.base import Objective
 
+NEEDS = frozenset({"old_logps", "entropies", "ref_logps", "hidden", "group_baseline"})
 OWNED_HOOKS = ("rollout", "base_advantages", "clip_range", "loss")
 # The base advantages pass through these names so that controls work without any method.
 LAYER_SIGNALS = ("advantages",)
@@ -65,7 +66,16 @@ class Stack:
                     fix=f"drop {' or '.join(owners)} from the stack",
                 )
         for method in self.methods:
+            self._check_needs(method)
             self._check_pair(method)
+        loss, clip = self.owner("loss"), self.owner("clip_range")
+        if loss and clip and loss is not clip:
+            raise ConfigError(
+                f"{clip.name} sets the clip range and {loss.name} owns the loss, which would not see it",
+                where="method",
+                got=f"{clip.name} and {loss.name}",
+                fix="drop one of them",
+            )
         self._check_controls()
         if self.objective.dynamic_sampling and (keepers := [m.name for m in self.methods if m.keeps_dead_groups]):
             raise ConfigError(
@@ -73,6 +83,23 @@ class Stack:
                 where="objective.dynamic_sampling",
                 got=True,
                 fix="set objective.dynamic_sampling=false",
+            )
+
+    def _check_needs(self, method: Method) -> None:
+        if unknown := sorted(method.needs - NEEDS):
+            raise ConfigError(
+                f"{method.name} needs what nothing provides",
+                where=f"{type(method).__name__}.needs",
+                got=", ".join(unknown),
+                expected=", ".join(sorted(NEEDS)),
+                fix=nearest(unknown[0], NEEDS),
+            )
+        if "ref_logps" in method.needs and not self.objective.beta:
+            raise ConfigError(
+                f"{method.name} needs the log-probs of the start model, which is not loaded",
+                where="objective.beta",
+                got=0.0,
+                fix="set objective.beta above 0",
             )
 
     def _check_pair(self, method: Method) -> None:
@@ -182,7 +209,19 @@ class Stack:
             raise ConfigError(
                 "advantages changed shape", got=tuple(adv_ST.shape), expected=str(tuple(ctx.batch.adv_ST.shape))
             )
+        if self.methods and self.objective.ratio_level == "sequence":
+            self._check_constant(adv_ST, ctx.batch.model_mask_ST, "advantages")
         return adv_ST
+
+    def _check_constant(self, adv: Tensor, mask: Tensor, hook: str) -> None:
+        first = adv.gather(1, mask.argmax(1, keepdim=True))
+        if bool(((adv != first) & mask.bool()).any()):
+            raise ConfigError(
+                f"advantages differ inside a row after `{hook}`, and {self.objective.name} has one ratio per row",
+                where="objective",
+                got=self.objective.name,
+                fix="choose objective=gspo_token",
+            )
 
     def select(self, batch: Batch, ctx: Context) -> Batch:
         return self._chain("select", batch, ctx)
@@ -191,7 +230,9 @@ class Stack:
         """The loss of one micro-batch, divided by the accumulation of its step."""
         if self._callers["token_advantages"]:
             seen = lctx.detached
-            lctx.adv_BT = self._chain("token_advantages", lctx.adv_BT, seen)
+            lctx.adv_BT = self._chain("token_advantages", lctx.adv_BT, seen).detach()
+            if self.objective.ratio_level == "sequence":
+                self._check_constant(lctx.adv_BT, lctx.mask_BT, "token_advantages")
         if owner := self.owner("clip_range"):
             with self.timed(owner):
                 lctx.clip_range = owner.clip_range(lctx)

@@ -85,7 +85,9 @@ def test_the_command_line_imports_late(path):
 
 
 def test_only_the_trainer_builds_on_trl_s_grpo_trainer():
-    users = {name(p) for p in FILES if any(i.startswith(("trl.GRPOTrainer", "trl.trainer.grpo_trainer")) for i in imports(p))}
+    users = {
+        name(p) for p in FILES if any(i.startswith(("trl.GRPOTrainer", "trl.trainer.grpo_trainer")) for i in imports(p))
+    }
     # The bench runs TRL's own trainer as it is, to compare with it.
     assert users <= {"experiments/trainer.py", "experiments/bench.py"}
 

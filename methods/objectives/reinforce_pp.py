@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Context
-from methods.numerics import discounted_returns
+from methods.numerics import trajectory_returns
 from methods.objectives.base import mean_over_tokens
 from methods.objectives.policy_gradient import Grpo
 
@@ -48,8 +48,10 @@ class ReinforcePP(Grpo):
         if self.beta:
             assert batch.old_logps_ST is not None and batch.ref_logps_ST is not None
             rewards_ST = rewards_ST - self.beta * (batch.old_logps_ST - batch.ref_logps_ST) * mask_ST
-        returns_ST = discounted_returns(rewards_ST, mask_ST, self.gamma)
-        valid_ST = mask_ST.bool() & scorable_S.unsqueeze(1)
+        unknown_ST = torch.isnan(rewards_ST)
+        rewards_ST = torch.where(unknown_ST, 0.0, rewards_ST)
+        returns_ST = trajectory_returns(rewards_ST, mask_ST, batch.traj_S, self.gamma)
+        valid_ST = mask_ST.bool() & scorable_S.unsqueeze(1) & ~unknown_ST.any(1, keepdim=True)
         return whiten(returns_ST, valid_ST, ctx)
 
     def loss(self, lctx):
@@ -74,7 +76,7 @@ def place_on_last_token(total_N: Tensor, batch) -> Tensor:
 def whiten(x_ST: Tensor, valid_ST: Tensor, ctx: Context) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8) over the valid tokens of all processes; 0 elsewhere."""
     values = x_ST[valid_ST].double()
-    sums = torch.stack([values.sum(), (values**2).sum(), torch.tensor(float(values.numel()), dtype=torch.float64)])
+    sums = torch.stack([values.sum(), (values**2).sum(), values.new_tensor(float(values.numel()))])
     total, square, count = ctx.gather(sums.unsqueeze(0)).sum(0).tolist()
     if count < 2:
         return torch.zeros_like(x_ST)

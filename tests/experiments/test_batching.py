@@ -17,6 +17,7 @@ WORDS = {
     "iterations": 1,
     "log_every": None,
     "save_every": 20,
+    "keep_checkpoints": 1,
 }
 
 
@@ -54,7 +55,7 @@ def test_refused(words, key):
 def log_every(**words):
     t = WORDS | {k: v for k, v in words.items() if k != "eval"}
     cfg = OmegaConf.create({"trainer": t, "eval": {"every": words.get("eval", 20)}})
-    return batching.log_every(cfg, batching.plan(cfg.trainer, world=1))
+    return batching.log_every(cfg, batching.plan(cfg.trainer, world=1).period)
 
 
 def test_boundaries():
@@ -69,6 +70,7 @@ def test_boundaries():
         ({"log_every": 7}, "trainer.save_every=21"),
         ({"max_steps": 61, "log_every": 2}, "trainer.max_steps=60"),
         ({"iterations": 4, "eval": 10}, "eval.every=8"),
+        ({"log_every": 4, "eval": 10}, "eval.every=8"),
     ],
 )
 def test_saves_off_a_generation_boundary_are_refused(words, fix):

@@ -122,23 +122,40 @@ class Demo(Method):
 
     def rollout(self, rows, ctx, default):
         trajs = default(rows)
-        for i, t in enumerate(trajs):
+        self.generated = sum(t.length for t in trajs)
+        for t in trajs:
             if t.sample_id == ctx.group_size - 1:
                 t.segments[0].completion_ids = [5, 6, 7, ctx.tokenizer.eos_token_id]
                 t.turns[0].end = 4
                 t.is_demo, t.text = True, "012"
-                del i
         return trajs
 
 
 def test_rollout_owner_fills_slots(make_trainer):
-    trainer = make_trainer([Demo()], max_steps=1)
+    demo = Demo()
+    trainer = make_trainer([demo], max_steps=1)
     trainer.train()
-    trajs = trainer.last_ctx.trajs
-    demos = [t for t in trajs if t.is_demo]
+    demos = [t for t in trainer.last_ctx.trajs if t.is_demo]
     assert len(demos) == 4 and all(t.rewards["task"] == 1.0 for t in demos)
-    drawn = sum(t.length for t in trajs if not t.is_demo)
-    assert trainer.cost["generated_tokens"] == drawn  # demonstrations are not generated
+    assert trainer.cost["generated_tokens"] == demo.generated  # what was generated, not what was kept
+
+
+class Twice(Method):
+    """Generates twice and keeps one half."""
+
+    name = "twice"
+
+    def rollout(self, rows, ctx, default):
+        first, second = default(rows), default(rows)
+        self.generated = sum(t.length for t in first + second)
+        return second
+
+
+def test_every_generated_token_counts(make_trainer):
+    twice = Twice()
+    trainer = make_trainer([twice], max_steps=1)
+    trainer.train()
+    assert trainer.cost["generated_tokens"] == twice.generated
 
 
 class Segments(Method):
@@ -173,6 +190,26 @@ def test_rows_are_segments_and_weights_hold_over_chunks(make_trainer):
         assert trainer.last_ctx.batch.rows > 16
         grads.append(trainer.state.log_history[0]["grad_norm"])
     assert grads[0] == pytest.approx(grads[1], rel=1e-5)
+
+
+class Pieces(Segments):
+    """Rows from one trajectory without any select."""
+
+    name = "pieces"
+    select = Method.select
+
+
+@pytest.mark.parametrize("objective", [Grpo, Dapo])
+def test_more_rows_without_select_are_all_trained_with_the_same_gradient(objective, make_trainer):
+    grads, trained = [], []
+    for limit in (16, 4):
+        trainer = make_trainer([Pieces()], objective(), rows_per_device=4, max_steps=1)
+        trainer.args.per_device_train_batch_size = limit
+        trainer.train()
+        grads.append(trainer.state.log_history[0]["grad_norm"])
+        trained.append((trainer.cost["trained_tokens"], int(trainer.last_ctx.batch.model_mask_ST.sum())))
+    assert grads[0] == pytest.approx(grads[1], rel=1e-5)
+    assert all(a == b for a, b in trained)
 
 
 class Drop(Method):
@@ -570,6 +607,102 @@ def test_objective_modules_are_trained_and_saved(make_trainer):
     other = make_trainer([], Critic(), max_steps=3)
     other.load_state_dict(trainer.state_dict())
     assert torch.equal(other.stack.objective.head.weight, trainer.stack.objective.head.weight)
+
+
+def test_gradients_of_objective_modules_do_not_pile_up(make_trainer):
+    seen = []
+
+    class Constant(Grpo):
+        def modules(self):
+            if not hasattr(self, "weight"):
+                self.weight = torch.nn.Linear(1, 1, bias=False)
+            return {"weight": self.weight}
+
+        def loss(self, lctx):
+            if self.weight.weight.grad is not None:
+                seen.append(float(self.weight.weight.grad))
+            return super().loss(lctx) + self.weight.weight.sum()
+
+    trainer = make_trainer([], Constant(), max_steps=4)
+    trainer.train()
+    assert all(g == 0.0 for g in seen) or seen == []
+
+
+def test_a_stream_goes_on_within_a_step(make_trainer):
+    class TwoTurns(Method):
+        name = "two_turns"
+
+        def advantages(self, adv_ST, ctx):
+            from experiments.engines.base import Request
+
+            ask = [Request(prompt="1+2=", max_tokens=5) for _ in range(20)]
+            self.first = [r[0].text for r in ctx.generate(ask, stream="a")]
+            self.second = [r[0].text for r in ctx.generate(ask, stream="a")]
+            return adv_ST
+
+    runs = []
+    for _ in range(2):
+        method = TwoTurns()
+        make_trainer([method], max_steps=1).train()
+        runs.append((method.first, method.second))
+    assert runs[0] == runs[1] and runs[0][0] != runs[0][1]
+
+
+def test_rewards_of_weight_zero_neither_train_nor_keep_a_group_alive(make_trainer):
+    from experiments.rewards import RewardSpec
+
+    specs = [
+        RewardSpec("task", lambda t, r: [1.0] * len(t), 1.0, "outcome"),
+        RewardSpec("length", lambda t, r: [float(len(x)) for x in t], 0.0, "aux"),
+    ]
+    trainer = make_trainer([], Dapo(dynamic_sampling=True, max_draws=2), rewards=specs, max_steps=1)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["groups/dead"] == 1.0 and logs["groups/draws"] == 2
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make_trainer, tmp_path):
+    from experiments.recorder import Recorder, StopSignals
+    from experiments.records import RunWriter
+
+    class Broken(Method):
+        name = "broken"
+
+        def extra_loss(self, lctx):
+            return lctx.logps_BT.sum() * float("nan")
+
+    trainer = make_trainer([Broken()])
+    writer = RunWriter.open(tmp_path / "run", {"experiment": "x"}, {})
+    recorder = Recorder(
+        writer,
+        state=trainer.state_dict,
+        evaluate=lambda step: None,
+        boundary=1,
+        eval_every=0,
+        keep=1,
+        stop=StopSignals(),
+        progress=lambda *_: None,
+    )
+    trainer.attach(recorder, writer.sample)
+    trainer.args.logging_nan_inf_filter = False
+    with pytest.raises(RunError, match="not finite"):
+        trainer.train()
+
+
+class Credit(Method):
+    """Unequal credit inside a row, not declared."""
+
+    name = "credit"
+
+    def token_advantages(self, adv_BT, lctx):
+        return adv_BT * torch.arange(adv_BT.shape[1])
+
+
+def test_undeclared_token_credit_on_a_sequence_ratio_is_refused(make_trainer):
+    from methods.objectives.policy_gradient import Gspo
+
+    with pytest.raises(ConfigError, match="gspo_token"):
+        make_trainer([Credit()], Gspo(), max_steps=1).train()
 
 
 def test_self_check_names_what_moved(monkeypatch):

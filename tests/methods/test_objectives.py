@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from methods.base import LossContext, Segment, Trajectory
-from methods.numerics import discounted_returns, group_stats
+from methods.numerics import discounted_returns, group_stats, trajectory_returns
 from methods.objectives import policy_gradient as pg
 from methods.objectives.reinforce_pp import ReinforcePP, place_on_last_token
 
@@ -223,6 +223,13 @@ def test_discounted_returns_by_recursion(rewards, gamma):
 def test_returns_pass_over_tool_tokens():
     found = discounted_returns(torch.tensor([[1.0, 9.0, 1.0]]), torch.tensor([[1, 0, 1]]), 0.5)
     assert found.tolist() == [[1.5, 0.0, 1.0]]
+
+
+def test_returns_run_on_over_the_rows_of_a_trajectory():
+    rewards = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0]])
+    found = trajectory_returns(rewards, mask, torch.tensor([0, 0, 1]), 0.5)
+    assert found.tolist() == [[0.125, 0.25], [0.5, 1.0], [2.0, 0.0]]
 
 
 def test_reinforce_pp_is_whitened_over_all_tokens(fake_context):

@@ -41,6 +41,23 @@ class Keeper(Method):
     keeps_dead_groups = True
 
 
+class Hungry(Method):
+    name = "hungry"
+    needs = frozenset({"old_logp"})
+
+
+class WantsReference(Method):
+    name = "wants"
+    needs = frozenset({"ref_logps"})
+
+
+class LossOwner(Method):
+    name = "loss_owner"
+
+    def loss(self, lctx):
+        return lctx.logps_BT.sum()
+
+
 class Picky(Method):
     name = "picky"
     objectives = ("grpo",)
@@ -53,6 +70,9 @@ REFUSED = {
     "token credit on a sequence ratio": ([TokenCredit()], Gspo(), "objective=gspo_token"),
     "clip range on cispo": ([Clipper()], Cispo(), "does not clip"),
     "clip range on sapo": ([Clipper()], Sapo(), "does not clip"),
+    "an unknown need": ([Hungry()], Grpo(), "did you mean 'old_logps'"),
+    "a reference that is not loaded": ([WantsReference()], Grpo(), "objective.beta"),
+    "a clip range that the loss owner ignores": ([Clipper(), LossOwner()], Grpo(), "would not see it"),
     "another objective": ([Picky()], Dapo(), "objective=grpo"),
     "dynamic sampling against a keeper": ([Keeper()], Dapo(dynamic_sampling=True), "dynamic_sampling=false"),
     "a control without its method": ([Flip("ha_dw.direction")], Grpo(), "targets a signal"),
@@ -145,6 +165,40 @@ def test_shuffle_moves_something_and_is_seeded():
     x, group_N = torch.arange(64.0), torch.arange(64) // 8
     first, again, later = (Shuffle("advantages").change(x, group_N, context(0, r)) for r in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, x) and not torch.equal(first, later)
+
+
+def test_moved_credit_lies_on_the_receivers_own_tokens():
+    """Rows of 1, 3 and 2 tokens: nothing on padding, no token without its row's credit."""
+    from methods.base import Segment, Trajectory, assemble
+
+    trajs = [Trajectory(f"r{i}", 0, i, [Segment([1], [5] * n)]) for i, n in enumerate((1, 3, 2))]
+    ctx = context()
+    ctx.batch = assemble(trajs, 0)
+    mask = ctx.batch.model_mask_ST
+    x = torch.tensor([[1.0], [2.0], [3.0]]) * mask
+    for control in (Shuffle("advantages"), Random("advantages")):
+        out = control.change(x, ctx.batch.group_S, ctx)
+        assert (out[mask == 0] == 0).all()
+        for row, on in zip(out, mask.bool(), strict=True):
+            assert row[on].unique().numel() == 1 and row[on][0] in (1.0, 2.0, 3.0)
+
+
+def test_shuffled_magnitude_is_a_real_control(fake_context):
+    from methods.base import Segment, Trajectory
+
+    trajs = [
+        Trajectory(f"r{g}", g, i, [Segment([1], [5])], rewards={"task": float(i < right)})
+        for g, right in enumerate([1, 2, 4, 6, 7])
+        for i in range(8)
+    ]
+
+    def weighted(controls):
+        ctx = fake_context(trajs)
+        stack = Stack([HaDw(anchor="fixed"), *controls], Grpo())
+        ctx.signal_fn = stack.signal
+        return stack.advantages(ctx)
+
+    assert not torch.equal(weighted([]), weighted([Shuffle("ha_dw.magnitude")]))
 
 
 def test_random_draws_from_the_batch():

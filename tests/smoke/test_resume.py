@@ -125,3 +125,23 @@ def test_two_runs_with_one_seed_are_equal_and_a_finished_one_is_skipped(cache, w
     again, err = finish(tmp_path, "empty", cache)
     assert again == run and "skipped" in err
     assert (run / "summary.json").stat().st_mtime_ns == before
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_summary(cache, whole, tmp_path, monkeypatch):
+    """Nothing is left to train then: the second sitting only finishes the record."""
+    from cli import launch
+    from experiments import run as running
+    from methods.errors import RunError
+
+    monkeypatch.setenv("ASSAY_CACHE", str(cache))
+    line = [*WORDS, STACKS["ha_dw"], f"results_dir={tmp_path}"]
+    (job,) = launch.plan("train", line).jobs
+
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "finish", killed)
+        with pytest.raises(RunError, match="killed"):
+            running.run(job.cfg)
+    assert_equal(running.run(job.cfg), whole["ha_dw"])
