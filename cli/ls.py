@@ -59,17 +59,15 @@ def ls(
 
 
 def describe(path: Path) -> str:
-    """One sentence about a YAML file: its title, the docstring of its method's or objective's class, or its comment."""
+    """One sentence about a YAML file: its title, its first comment, or the docstring of its class."""
     text = path.read_text(encoding="utf-8", errors="replace")
     title = re.search(r"^title:\s*(.+?)\s*$", text, re.M)
     if title and path.parent.name == "experiment":
         return title[1].strip("'\"")
+    if comment := first_comment(text.splitlines()):
+        return comment
     target = re.search(r"^_target_:\s*([\w.]+)", text, re.M)
-    if target and path.parent.name in ("method", "objective"):
-        line = class_line(target[1])
-        if line:
-            return line
-    return first_comment(text.splitlines())
+    return class_line(target[1]) if target else ""
 
 
 def first_comment(lines: Sequence[str]) -> str:

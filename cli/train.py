@@ -26,7 +26,7 @@ def train(
     \b
     Examples:
       assay train method=ha_dw task=arithmetic seed=1
-      assay train 'method=[tapo,ha_dw]' objective=grpo trainer.max_steps=200
+      assay train 'method=[ha_dw,flip]' method.flip.target=ha_dw.direction objective=dapo
       assay train -m 'method=[],[ha_dw]' objective=grpo,gspo 'seed=range(8)' jobs=2
       assay train experiment=demo
       assay train experiment=demo smoke=true

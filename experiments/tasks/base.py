@@ -183,7 +183,7 @@ def missing_column(column: str, found: Sequence[str], source: str, key: str) -> 
         f"The data has no column '{column}'" + (f" ({hint})" if hint else ""),
         where=source,
         got="columns " + ", ".join(found),
-        fix=f"name the right column in {key}.<what>_column=",
+        fix=f"name the columns, as in {key}.prompt_column=NAME {key}.answer_column=NAME",
     )
 
 

@@ -13,7 +13,6 @@ import pytest
 
 SMALL = [
     "name=bad",
-    "arm=a",
     "scale=cpu",
     "model.warm_start=null",
     "model.init_std=0.2",
@@ -83,7 +82,7 @@ def test_a_sweep_is_checked_whole_before_its_first_run(assay, tmp_path):
 
 FILES = {
     "empty file": ("", "empty"),
-    "missing column": ('{"question": "1+1", "answr": "2"}\n', "answer"),
+    "missing column": ('{"prompt": "1+1", "answr": "2"}\n', "did you mean 'answr'"),
     "bad line": ('{"prompt": "1+1", "answer": "2"}\n{"prompt": \n', ":2"),
     "too few rows": ('{"prompt": "1+1=", "answer": "2"}\n', "1 row"),
 }
@@ -152,9 +151,12 @@ def test_a_checkpoint_cut_in_half(assay, tmp_path):
 def test_a_record_of_another_version_or_configuration(assay, tmp_path):
     code, err = assay()
     assert code == 0, err
-    code, err = assay("trainer.learning_rate=0.1")
-    assert code == 2 and "trainer.learning_rate" in paragraph(err) and "overwrite=true" in err
     path = run_folder(tmp_path) / "run.json"
+    config = path.with_name("config.yaml")  # as a version with another default would have left it
+    config.write_text(config.read_text().replace("learning_rate: 0.0003", "learning_rate: 0.0001"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config_hash": "of another default"}))
+    code, err = assay()
+    assert code == 2 and "trainer.learning_rate=0.0001 there, 0.0003 here" in paragraph(err) and "overwrite=true" in err
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
     code, err = assay()
     assert code == 2 and "schema 99" in paragraph(err)

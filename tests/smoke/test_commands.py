@@ -110,3 +110,18 @@ def test_sft_learns_and_resumes_exactly(environment, tmp_path):
     assert metrics(cut) == metrics(whole)
     losses = [m["loss"] for m in metrics(whole)]
     assert losses[-1] < losses[0]
+
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "conf" / "experiment"
+TRAINED = sorted(
+    p.stem for p in EXPERIMENTS.glob("*.yaml") if "smoke:" in p.read_text() and "command: train" in p.read_text()
+)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_smoke_variant_of_every_trained_experiment(name, assay, tmp_path):
+    """Every arm of the smoke variant trains, and the report has the primary comparison of the file."""
+    out, _ = assay("train", f"experiment={name}", "smoke=true", "scale=cpu", *TINY)
+    table = (tmp_path / f"{name}-smoke" / "table.md").read_text()
+    assert "auc/score/hard" in table and "demonstration" in table
+    assert "table.md" in out or "raw" in out.strip().splitlines()[-1]
