@@ -7,6 +7,7 @@ A new subcommand is `cli/<name>.py` with one function, and one line in `COMMANDS
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -73,6 +74,9 @@ class Door(TyperGroup):
             signum = stop.args[0] if stop.args and isinstance(stop.args[0], int) else 2
             typer.echo(INTERRUPTED, err=True)
             raise typer.Exit(128 + signum) from None
+        except BrokenPipeError:  # the reader has seen enough, as in `assay report | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
         except Exception as error:
             if type(error).__module__.startswith(("typer", "click")):
                 raise  # usage errors and exits are Typer's to print

@@ -76,13 +76,22 @@ def run(jobs: Sequence[tuple[str, Any]], target: str, workers: int, *, title: st
     if state.signal is not None:
         raise KeyboardInterrupt(int(state.signal))
     if state.failed:
-        causes = "; ".join(f"{label}: {reason}" for label, reason in state.failed.items())
+        causes = _causes(state.failed)
         raise RunError(
             f"{len(state.failed)} of {len(jobs)} runs failed",
             got=causes,
             fix="the same line again runs only what is missing",
         )
     return [state.done[i] for i in range(len(jobs))]
+
+
+def _causes(failed: dict[str, str]) -> str:
+    """Each reason once, with the first runs that it hit."""
+    runs: dict[str, list[str]] = {}
+    for label, reason in failed.items():
+        runs.setdefault(reason, []).append(label)
+    shown = [f"{', '.join(n[:3])}{f' and {len(n) - 3} more' if len(n) > 3 else ''}: {r}" for r, n in runs.items()]
+    return "; ".join(shown)
 
 
 class _Pool:

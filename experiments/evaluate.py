@@ -98,7 +98,8 @@ def _measure(cfg: DictConfig, writer: Any, to_request: Any, metrics: Any) -> tup
             frame, results = _answers(cfg, engine, name, task, rows[name], to_request, metrics)
             for reason, count in frame.attrs["errors"].items():
                 print(f"{name}: {count} of {len(frame)} completions could not be had: {reason}", file=sys.stderr)
-            _record_samples(writer, rows[name], results, frame)
+            if results:  # a study keeps no completions
+                _record_samples(writer, rows[name], results, frame)
             frames.append(frame)
         cost = engine.cost()
     frame = pd.concat(frames, ignore_index=True)

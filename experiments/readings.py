@@ -206,7 +206,8 @@ def available(readings: Sequence[Reading]) -> list[str]:
         names |= dict.fromkeys(f"eval/pass@{k}" for k in (most,) if most > 1)
         names |= dict.fromkeys((reading.run.summary or {}).get("metrics") or {})
         names |= dict.fromkeys(f"train/{key}" for key in reading.metrics if key != "step")
-    return list(names)
+    # The bounds of an interval are no metrics; the table has its own intervals.
+    return [name for name in names if not name.endswith((".low", ".high"))]
 
 
 def samples_per_item(reading: Reading) -> int:

@@ -271,7 +271,8 @@ def _usual(readings: Sequence[Reading], there: Sequence[str]) -> tuple[list[str]
         k = min(samples_per_item(reading) for reading in readings if reading.points)
         passes = [f"eval/pass@{k}"] if k > 1 else []
         return tested, [*tested, *tiers, *passes, *(name for name in ("eval/length",) if name in there)]
-    summaries = [name for reading in readings for name in (reading.run.summary or {}).get("metrics") or {}]
+    recorded = [name for reading in readings for name in (reading.run.summary or {}).get("metrics") or {}]
+    summaries = [name for name in recorded if not name.endswith((".low", ".high"))]
     logged = [name for name in ("train/reward", "train/loss") if name in there]
     shown = list(dict.fromkeys([*summaries, *logged]))[:8] or list(there[:4])
     if not shown:
