@@ -124,7 +124,7 @@ def parse(words: Sequence[str], known: dict[str, dict[str, Path]] | None = None)
 
     parser = OverridesParser.create()
     parsed = []
-    for word in words:
+    for word in map(_quote_path, words):
         if "=" not in word and not word.startswith("~"):
             owners = [group for group, names in (known or {}).items() if word in names]
             fix = f"did you mean {owners[0]}={word}?" if owners else ""
@@ -138,6 +138,15 @@ def parse(words: Sequence[str], known: dict[str, dict[str, Path]] | None = None)
                 f"the override cannot be read ({reason})", got=word, expected="key=value", fix=f"{fix} 'method=[a,b]'"
             ) from error
     return parsed
+
+
+def _quote_path(word: str) -> str:
+    """A word whose value is an existing path, quoted where Hydra's grammar would trip over it, as over `=` or `,`."""
+    key, _, value = word.partition("=")
+    if not re.search(r"[=,\s()\[\]{}'\"]", value) or value[0] in "'\"[{" or not Path(value).expanduser().exists():
+        return word
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def hint(word: str, names: Sequence[str]) -> str:
@@ -295,7 +304,7 @@ def _find(key: str, defaults: DictConfig, known: dict[str, dict[str, Path]]) -> 
             continue
         if not isinstance(node, Section) or special:
             raise _unknown(key, defaults, known)
-        if part in node:
+        if part in list(node.keys()):  # `in node` is false for a value that must still be given (???)
             node, path = node._get_node(part), f"{path}.{part}".lstrip(".")
             continue
         if part in known.get(path, {}) and path == "method":

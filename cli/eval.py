@@ -56,8 +56,8 @@ def eval_(
 
 def _tables(plan: Plan) -> None:
     """One table per run, from its record."""
+    from experiments.recording import run_folder
     from experiments.records import load_run
-    from experiments.run import run_folder
     from experiments.scoring import table
 
     for job in plan.jobs:

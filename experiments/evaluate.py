@@ -32,10 +32,7 @@ def run(cfg: DictConfig, *, to_request: ToRequest | None = None, metrics: Metric
     configuration in its place, RunError if every completion failed, KeyboardInterrupt on SIGINT and SIGTERM (the
     answers so far are in the cache).
     """
-    from omegaconf import OmegaConf
-
-    from experiments.records import RunWriter
-    from experiments.run import config_hash, make_room, run_folder
+    from experiments.recording import make_room, open_record, run_folder
 
     path = run_folder(cfg)
     if _is_done(path, cfg):
@@ -43,18 +40,7 @@ def run(cfg: DictConfig, *, to_request: ToRequest | None = None, metrics: Metric
         return path
     check(cfg)
     make_room(path, cfg)
-    meta = {
-        "command": "eval",
-        "experiment": cfg.experiment,
-        "arm": cfg.arm,
-        "seed": cfg.seed,
-        "pair": f"seed{cfg.seed}",
-        "config_hash": config_hash(cfg),
-        "argv": sys.argv[1:],
-        "parent": cfg.model.get("init"),
-    }
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    writer = RunWriter.open(path, meta, config, samples_per_step=200)
+    writer = open_record(path, cfg, "eval", samples_per_step=200)
     try:
         with _sigterm_interrupts():
             values, cost = _measure(cfg, writer, to_request, metrics)
@@ -191,7 +177,7 @@ def _tasks(cfg: DictConfig) -> dict[str, Task]:
 
 
 def _is_done(path: Path, cfg: DictConfig) -> bool:
-    from experiments.run import already_done
+    from experiments.recording import already_done
 
     return already_done(path, cfg) and not _newer_weights(cfg, path / "summary.json")
 

@@ -143,3 +143,13 @@ def test_written_values_come_back(conf: Path, steps: int, rate: float, flag: boo
 def test_all_keys_skip_no_section():
     cfg = OmegaConf.create({"a": {"b": 1, "c": {"d": None}}, "e": "${a.b}"})
     assert all_keys(cfg) == ["a", "a.b", "a.c", "a.c.d", "e"]
+
+
+@pytest.mark.parametrize("name", ["a=b,c=[d]", "with space", "it's", "plain"])
+def test_an_existing_path_needs_no_quotes(conf, tmp_path, name):
+    """Run folders hold `=` and `,`, which Hydra's grammar does not take in a value."""
+    path = tmp_path / name
+    path.mkdir()
+    assert compose("train", ["task=file", f"task.path={path}"]).task.path == str(path)
+    with pytest.raises(ConfigError):
+        compose("train", ["task=file", f"task.path={path}=missing,x"])

@@ -1,0 +1,80 @@
+"""Which folder a configuration's record lies in, and whether the one that lies there is its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.files import os_errors
+from experiments.records import RunWriter, load_run
+from methods.errors import RecordError
+
+# What does not change the numbers of a run, and so does not make its record another one's.
+BOOKKEEPING = ("results_dir", "overwrite", "name", "record", "experiment", "arm")
+BOOKKEEPING_TRAINER = ("save_every", "keep_checkpoints")
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    return Path(cfg.results_dir) / "raw" / str(cfg.experiment or "adhoc") / str(cfg.arm or "run") / f"seed{cfg.seed}"
+
+
+def config_hash(cfg: DictConfig) -> str:
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    plain = {k: v for k, v in plain.items() if k not in BOOKKEEPING}
+    plain["trainer"] = {k: v for k, v in plain.get("trainer", {}).items() if k not in BOOKKEEPING_TRAINER}
+    return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def already_done(path: Path, cfg: DictConfig) -> bool:
+    """Whether `path` holds the finished record of `cfg`. RecordError if it holds another configuration.
+
+    `overwrite=true` answers no whatever is there; the caller then throws it away.
+    """
+    if cfg.overwrite or not (path / "run.json").exists():
+        return False
+    earlier = load_run(path)
+    if earlier.run.get("config_hash") != config_hash(cfg):
+        changed = _changed_keys(earlier.config, OmegaConf.to_container(cfg, resolve=True))
+        raise RecordError(
+            "this folder holds the record of another configuration",
+            where=str(path),
+            got="; ".join(changed[:4]) if changed else "another version of the configuration",
+            fix="give the run another name=..., or overwrite=true to throw the old record away",
+        )
+    return earlier.finished
+
+
+def make_room(path: Path, cfg: DictConfig) -> None:
+    """Throws an earlier record away where `overwrite=true` asks for it; after `check`, so that a typo costs nothing."""
+    if cfg.overwrite and path.exists():
+        with os_errors(path):
+            shutil.rmtree(path)
+
+
+def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [f"{prefix[:-1]}={old} there, {new} here"] if old != new else []
+    keys = [k for k in {**old, **new} if prefix or k not in BOOKKEEPING]
+    return [c for k in keys for c in _changed_keys(old.get(k), new.get(k), f"{prefix}{k}.")]
+
+
+def open_record(path: Path, cfg: DictConfig, command: str, **limits: int) -> RunWriter:
+    """Starts the record of `cfg` at `path`, or takes up the unfinished one there."""
+    meta = {
+        "command": command,
+        "experiment": cfg.experiment,
+        "arm": cfg.arm,
+        "seed": cfg.seed,
+        "pair": f"seed{cfg.seed}",
+        "config_hash": config_hash(cfg),
+        "argv": sys.argv[1:],
+        "parent": cfg.model.get("init"),
+    }
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    return RunWriter.open(path, meta, resolved, **limits)
