@@ -27,7 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 WARM_UP = 3
-CONF = Path(__file__).resolve().parent.parent / "conf"
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf" if (ROOT / "conf").is_dir() else ROOT / "cli" / "conf"  # the clone's, else the wheel's
 
 
 def interval(ratios: list[float], draws: int = 4000) -> str:
