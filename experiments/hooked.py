@@ -37,7 +37,7 @@ def rollouts(
     """
     ctx.group_size = how.samples
     ctx.rows = stack.prepare_rows([row for row in items for _ in range(how.samples)], ctx)
-    ctx.trajs = stack.rollout(ctx.rows, ctx, lambda rows: _sample(engine, rows, how, encode))
+    ctx.trajs = stack.rollout(ctx.rows, ctx, lambda rows, slots=None: _sample(engine, rows, how, encode, slots))
     asked = [(row.id, False) for row in items for _ in range(how.samples)]
     if [(t.row_id, t.is_demo) for t in ctx.trajs] != asked:
         raise ConfigError(
@@ -56,7 +56,8 @@ def as_results(trajs: Sequence[Trajectory], samples: int) -> list[list[Result]]:
     return [results[i : i + samples] for i in range(0, len(results), samples)]
 
 
-def _sample(engine: Any, rows: Sequence[Any], how: Sampling, encode) -> list[Trajectory]:
+def _sample(engine: Any, rows: Sequence[Any], how: Sampling, encode, slots=None) -> list[Trajectory]:
+    slots = slots or range(len(rows))
     requests, ids_of = [], {}
     for i, row in enumerate(rows):
         if encode is not None:
@@ -64,7 +65,7 @@ def _sample(engine: Any, rows: Sequence[Any], how: Sampling, encode) -> list[Tra
             prompt: dict[str, Any] = {"prompt_ids": ids_of[id(row)]}
         else:
             prompt = {"prompt" if isinstance(row.prompt, str) else "messages": row.prompt}
-        seed = derive(how.seed, row.id, i % how.samples)
+        seed = derive(how.seed, row.id, slots[i] % how.samples)
         requests.append(
             Request(**prompt, max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p, seed=seed)
         )
@@ -72,8 +73,8 @@ def _sample(engine: Any, rows: Sequence[Any], how: Sampling, encode) -> list[Tra
     return [
         Trajectory(
             row_id=row.id,
-            group_id=i // how.samples,
-            sample_id=i % how.samples,
+            group_id=slots[i] // how.samples,
+            sample_id=slots[i] % how.samples,
             segments=[Segment(requests[i].prompt_ids or [], result.ids or [])],
             turns=[Turn(0, 0, len(result.ids or []))],
             finish=result.finish,

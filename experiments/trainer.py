@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -165,8 +165,8 @@ class AssayTrainer(GRPOTrainer):
         """Prompt ids as in training: chat template for a chat model, plain text otherwise."""
         return self._tokenize_prompts([self.wrap_prompt(p) for p in prompts])[0]
 
-    def default_rollout(self, rows) -> list[Trajectory]:
-        """One generation per row; row i belongs to group i // G."""
+    def default_rollout(self, rows, slots: Sequence[int] | None = None) -> list[Trajectory]:
+        """One generation per row; row i fills slot `slots[i]` (default i), slot j is sample j % G of group j // G."""
         prompts = [self.wrap_prompt(row.prompt) for row in rows]
         G = self.num_generations
         with self.services.counted("generation"):
@@ -175,19 +175,19 @@ class AssayTrainer(GRPOTrainer):
         self.cost["generated_tokens"] += sum(map(len, completion_ids))
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        rank_offset = self.accelerator.process_index * (len(rows) // G)
+        per_rank = self.args.per_device_train_batch_size * self.args.steps_per_generation // G
         return [
             Trajectory(
                 row_id=row.id,
-                group_id=rank_offset + i // G,
-                sample_id=i % G,
+                group_id=self.accelerator.process_index * per_rank + slot // G,
+                sample_id=slot % G,
                 segments=[Segment(prompt_ids[i], completion_ids[i], logprobs[i] if logprobs else None)],
                 turns=[Turn(0, 0, len(completion_ids[i]))],
                 finish="stop" if completion_ids[i][-1] in ends else "length",
                 text=texts[i],
                 row=row,
             )
-            for i, row in enumerate(rows)
+            for i, (row, slot) in enumerate(zip(rows, slots or range(len(rows)), strict=True))
         ]
 
     def _redraw_dead_groups(self, ctx: Context) -> None:

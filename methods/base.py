@@ -227,8 +227,12 @@ class Method:
         """Chooses or rewrites prompts before generation; the count may not change (chain)."""
         return rows
 
-    def rollout(self, rows: list[Any], ctx: Context, default: Callable[[list[Any]], list[Trajectory]]):
-        """Agent loops, demonstrations, compression; returns trajectories (one owner)."""
+    def rollout(self, rows: list[Any], ctx: Context, default: Callable[..., list[Trajectory]]):
+        """Agent loops, demonstrations, compression; returns trajectories (one owner).
+
+        `default(rows)` generates once per row. `default(some, slots=[...])` fills those slots only (slot j is sample
+        j % G of group j // G), so that a demonstration in another slot costs no generation.
+        """
         return default(rows)
 
     def rewards(self, trajs: list[Trajectory], ctx: Context) -> None:

@@ -178,7 +178,7 @@ class Stack:
             raise ConfigError("prepare_rows changed the number of rows", got=len(out), expected=str(len(rows)))
         return out
 
-    def rollout(self, rows: list[Any], ctx: Context, default: Callable[[list[Any]], list[Trajectory]]):
+    def rollout(self, rows: list[Any], ctx: Context, default: Callable[..., list[Trajectory]]):
         owner = self.owner("rollout")
         if owner is None:
             return default(rows)

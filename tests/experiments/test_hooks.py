@@ -140,6 +140,36 @@ def test_rollout_owner_fills_slots(make_trainer):
     assert trainer.cost["generated_tokens"] == demo.generated  # what was generated, not what was kept
 
 
+class Slots(Method):
+    """Generates all slots of a group but the last, which a demonstration takes."""
+
+    name = "slots"
+
+    def rollout(self, rows, ctx, default):
+        from methods.base import Segment, Trajectory
+
+        G = ctx.group_size
+        free = [j for j in range(len(rows)) if j % G < G - 1]
+        drawn = {j: t for j, t in zip(free, default([rows[j] for j in free], slots=free), strict=True)}
+        self.generated = sum(t.length for t in drawn.values())
+        out = []
+        for j, row in enumerate(rows):
+            demo = Trajectory(row.id, j // G, j % G, [Segment([1], [5, 6])], is_demo=True, text="01", row=row)
+            out.append(drawn.get(j, demo))
+        return out
+
+
+def test_default_fills_some_slots(make_trainer):
+    slots = Slots()
+    trainer = make_trainer([slots], max_steps=1)
+    trainer.train()
+    trajs = trainer.last_ctx.trajs
+    assert [(t.group_id, t.sample_id) for t in trajs] == [(g, s) for g in range(4) for s in range(4)]
+    assert [t.is_demo for t in trajs] == [False, False, False, True] * 4
+    assert all(t.row is trajs[4 * t.group_id].row for t in trajs)
+    assert trainer.cost["generated_tokens"] == slots.generated
+
+
 class Twice(Method):
     """Generates twice and keeps one half."""
 
