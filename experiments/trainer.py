@@ -80,12 +80,10 @@ def _unused_reward(*_, **__) -> list[float | None]:
 class AssayTrainer(GRPOTrainer):
     """GRPOTrainer whose generation, scoring and loss go through a Stack.
 
-    rows: training rows (experiments.tasks.base.Row). rewards: ordered RewardSpecs. scorer: the task, for
-    ctx.score. wrap_prompt: turns a row's prompt into what TRL tokenises (string or messages).
+    rows: training rows; rewards: ordered RewardSpecs; task: for ctx.score and ctx.env; wrap_prompt: prompt for TRL.
     """
 
-    # TRL and transformers type these too widely to be used.
-    args: Any
+    args: Any  # TRL and transformers type these too widely to be used
     accelerator: Any
     processing_class: Any
     _tokenizer: Any
@@ -336,6 +334,7 @@ class AssayTrainer(GRPOTrainer):
         # `num_items_in_batch` spans the generation: rescaled to one accumulation window, as TRL does.
         denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         accumulation = self.current_gradient_accumulation_steps
+        updates = self.args.steps_per_generation / accumulation
         return LossContext(
             logps_BT=logps,
             entropies_BT=entropies,
@@ -345,6 +344,7 @@ class AssayTrainer(GRPOTrainer):
             ref_logps_BT=inputs.get("ref_per_token_logps"),
             denominator_tokens=denominator * accumulation / self.args.steps_per_generation,
             accumulation=accumulation,
+            updates=updates,
             max_completion_tokens=self.max_completion_length,
             extras={k.removeprefix("extra/"): v for k, v in inputs.items() if k.startswith("extra/")},
             row_weight_B=inputs.get("row_weight"),

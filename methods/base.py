@@ -194,6 +194,7 @@ class LossContext:
     clip_range: tuple[Any, Any] | None = None
     hidden_BTD: Tensor | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
+    updates: float = 1.0  # optimiser updates that one generation is split into (of each pass)
     share: float = 1.0  # this chunk's part of the micro-batch's rows, for means that have no batch-wide denominator
     log: Callable[[str, Any], None] = lambda name, value: None
 

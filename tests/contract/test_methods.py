@@ -91,7 +91,9 @@ def test_two_steps_state_and_evaluation(name, make_trainer, tmp_path):
     cfg = OmegaConf.create({"seed": 0, "eval": EVAL})
     measure = of_trainer(trainer, cfg, tmp_path)
     measure.prepare()
+    spent = dict(trainer.cost), dict(trainer.stack.seconds)
     frame, extra = measure(2)
+    assert spent == (trainer.cost, trainer.stack.seconds)  # evaluation is not a cost of the method
     assert len(frame) == 12 and set(extra) == {"eval/score", "kl/start"}
     assert same(trainer.state_dict(), before)
     assert torch.equal(random_state, torch.random.get_rng_state())
