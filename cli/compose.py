@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Set by the launcher after composing; `experiment` is also a folder of conf/, which Hydra would take for a group.
 LATE_KEYS = ("experiment",)
+# Groups of which a run may have none; `extra` folders of a user are theirs to judge.
+OPTIONAL = ("method", "suite", "study", "extra")
 # `reward=file.py:function` is short for this one function as the outcome reward.
 _REWARD = re.compile(r"reward=['\"]?[^\[{]*\.py:\w+['\"]?$")
 _HEADER = re.compile(r"#\s*@package\s+method\.(\w+)\s*$")
@@ -239,6 +241,9 @@ def _check_choice(override: Override, known: dict[str, dict[str, Path]]) -> None
     value, group = override.value(), override.key_or_group
     if override.is_sweep_override():
         raise ConfigError("several values for one run", where=str(override.input_line), fix="add -m to sweep over them")
+    if value in (None, []) and group not in OPTIONAL:
+        choices = ", ".join(sorted(known[group]))
+        raise ConfigError(f"a run needs a {group}", where=str(override.input_line), expected=choices)
     for name in value if isinstance(value, list) else [value]:
         if name is None or str(name).removesuffix(".yaml") in known[group]:
             continue

@@ -158,7 +158,8 @@ def arm_name(words: Sequence[str], *, named: bool = False) -> str:
 
 def _slug(value: str) -> str:
     bare = value.strip("[]").replace(" ", "").replace(",", "+")
-    return re.sub(r"[^A-Za-z0-9_.+=-]+", "-", re.sub(r"[\[\]'\"{}]", "", bare)).strip("-") or "none"
+    slug = re.sub(r"[^A-Za-z0-9_.+=-]+", "-", re.sub(r"[\[\]'\"{}]", "", bare)).strip("-") or "none"
+    return f"-{slug}" if bare.startswith("-") else slug  # a minus sign makes another run
 
 
 def _split(parsed: Sequence[Override]) -> tuple[dict[str, Any], list[Override]]:

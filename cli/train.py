@@ -31,7 +31,7 @@ def train(
       assay train experiment=demo
       assay train experiment=demo smoke=true
       assay train experiment=demo 'arms=[grpo]' seeds=0,1 name=my_try
-      assay train task=jsonl task.path=rows.jsonl reward=my_reward.py:score
+      assay train model=smollm2 task=jsonl task.path=rows.jsonl reward=my_reward.py:score
       assay train -m method=ha_dw seed=0,1 hydra/launcher=joblib
       assay train --resume results/raw/demo/grpo/seed0
       assay train method=ha_dw --cfg job

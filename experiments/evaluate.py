@@ -32,22 +32,23 @@ def run(cfg: DictConfig, *, to_request: ToRequest | None = None, metrics: Metric
     configuration in its place, RunError if every completion failed, KeyboardInterrupt on SIGINT and SIGTERM (the
     answers so far are in the cache).
     """
-    from experiments.recording import make_room, open_record, run_folder
+    from experiments.recording import make_room, only_writer, open_record, run_folder
 
     path = run_folder(cfg)
     if _is_done(path, cfg):
         print(f"{path}: finished earlier, skipped", file=sys.stderr)
         return path
     check(cfg)
-    make_room(path, cfg)
-    writer = open_record(path, cfg, "eval", samples_per_step=200)
-    try:
-        with _sigterm_interrupts():
-            values, cost = _measure(cfg, writer, to_request, metrics)
-    except BaseException as error:
-        writer.fail("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
-        raise
-    writer.finish(values, cost)
+    with only_writer(path):
+        make_room(path, cfg)
+        writer = open_record(path, cfg, "eval", samples_per_step=200)
+        try:
+            with _sigterm_interrupts():
+                values, cost = _measure(cfg, writer, to_request, metrics)
+        except BaseException as error:
+            writer.fail("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
+            raise
+        writer.finish(values, cost)
     return path
 
 

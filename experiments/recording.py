@@ -6,6 +6,8 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,28 @@ def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
         return [f"{prefix[:-1]}={old} there, {new} here"] if old != new else []
     keys = [k for k in {**old, **new} if prefix or k not in BOOKKEEPING]
     return [c for k in keys for c in _changed_keys(old.get(k), new.get(k), f"{prefix}{k}.")]
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Holds a run's folder for this process. RecordError if another process is writing there."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path.parent / f".{path.name}.lock")
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RecordError(
+                "another process is writing this run",
+                where=str(path),
+                fix="wait for it, or give this one another name=...",
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def open_record(path: Path, cfg: DictConfig, command: str, **limits: int) -> RunWriter:

@@ -58,6 +58,11 @@ def build(cfg_reward: Sequence[Mapping[str, Any]], task: Task) -> list[RewardSpe
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"Two rewards are called '{name}'", where="reward", fix="give each entry its own name")
+    if not any(spec.weight for spec in specs):
+        raise ConfigError(
+            "No reward has a weight, so there is nothing to learn from", where="reward", got=", ".join(names),
+            expected="at least one weight that is not 0", fix="set reward.0.weight=1.0",
+        )  # fmt: skip
     return specs
 
 

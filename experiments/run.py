@@ -9,15 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import batching, checkpoints
 from experiments.files import os_errors
-from experiments.recording import already_done, make_room, open_record, run_folder
+from experiments.recording import already_done, make_room, only_writer, open_record, run_folder
 from experiments.records import RunWriter
 from experiments.seeds import derive
 from methods.errors import AssayError, ConfigError, DataError, RunError, nearest
 
+INF = float("inf")
+# key, least, most; what is None follows a default
+BOUNDS = (
+    ("trainer.learning_rate", 0.0, INF),
+    ("trainer.warmup_steps", 0, INF),
+    ("trainer.weight_decay", 0.0, INF),
+    ("trainer.temperature", 1e-3, INF),
+    ("trainer.top_p", 1e-3, 1.0),
+    ("trainer.max_completion_tokens", 1, INF),
+    ("trainer.save_every", 0, INF),
+    ("eval.every", 0, INF),
+    ("eval.items", 0, INF),
+    ("eval.samples", 1, INF),
+    ("eval.batch_size", 1, INF),
+    ("eval.kl_probe", 0, INF),
+    ("eval.temperature", 0.0, INF),
+    ("eval.top_p", 1e-3, 1.0),
+)
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
@@ -68,6 +86,11 @@ def check(cfg: DictConfig) -> None:
     batching.log_every(cfg, batches.period)
     if batches.world > 1:
         raise ConfigError("runs on several processes are not offered yet", where="WORLD_SIZE", got=batches.world)
+    for key, low, high in BOUNDS:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not low <= value <= high:
+            bounds = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+            raise ConfigError("a setting is out of range", where=key, got=value, expected=bounds)
     if cfg.trainer.lr_schedule not in SCHEDULES:
         raise ConfigError(
             "unknown learning-rate schedule",
@@ -95,6 +118,12 @@ def run(cfg: DictConfig) -> Path:
         print(f"{path}: finished earlier, skipped", file=sys.stderr)
         return path
     check(cfg)
+    with only_writer(path):
+        _record(path, cfg)
+    return path
+
+
+def _record(path: Path, cfg: DictConfig) -> None:
     make_room(path, cfg)
     limits = {"max_samples": cfg.record.max_samples, "samples_per_step": cfg.record.samples_per_step}
     writer = open_record(path, cfg, "train", **limits)
@@ -115,7 +144,6 @@ def run(cfg: DictConfig) -> Path:
             got=str(error),
             fix="--debug shows the traceback; the same line again goes on from the last checkpoint",
         ) from error
-    return path
 
 
 def _train(cfg: DictConfig, writer: RunWriter) -> None:
