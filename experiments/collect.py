@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.base import Batch, Context, Trajectory
+from methods.base import Batch, Context, Segment, Trajectory, Turn
 from methods.errors import RunError
 
 
@@ -30,6 +30,20 @@ class Meter(defaultdict):
             packed = torch.tensor(list(means.values()), device=accelerator.device)
             means = dict(zip(means, accelerator.reduce(packed, reduction="mean").tolist(), strict=True))
         return means
+
+
+def trajectory(row, slot, prompt_ids, ids, logprobs, text, *, ends, group_size: int, first_group: int) -> Trajectory:
+    """One sampled completion; slot j is sample j % G of group j // G of this process."""
+    return Trajectory(
+        row_id=row.id,
+        group_id=first_group + slot // group_size,
+        sample_id=slot % group_size,
+        segments=[Segment(prompt_ids, ids, logprobs)],
+        turns=[Turn(0, 0, len(ids))],
+        finish="stop" if ids[-1] in ends else "length",
+        text=text,
+        row=row,
+    )
 
 
 def learning_names(ctx: Context) -> list[str]:

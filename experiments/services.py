@@ -63,6 +63,10 @@ class Services:
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]:
         from dataclasses import replace
 
+        from experiments.engines.base import Request
+
+        requests = [Request(**r) if isinstance(r, dict) else r for r in requests]
+
         # A stream goes on within a step; it starts anew with each step, so that a resumed run draws the same.
         if self._calls_step != self.step:
             self._calls_step, self._calls = self.step, Counter()
@@ -118,6 +122,9 @@ class Services:
     def rng(self, name: str) -> np.random.Generator:
         return np.random.default_rng(derive(self.seed, "method", name, self.rank))
 
+    def train_rows(self, count: int, name: str) -> list[Any]:
+        raise ConfigError("a method asks for training rows, which only training has", fix="guard it with ctx.mode")
+
     def order(self, count: int, name: str) -> np.ndarray:
         """A fixed permutation of `count` rows, the same on every rank."""
         if (count, name) not in self._orders:
@@ -133,6 +140,8 @@ class TrainingServices(Services):
             max_completion_tokens=trainer.max_completion_length,
             group_size=trainer.num_generations,
             scale_rewards=trainer.stack.objective.scale_rewards,
+            rows_per_device=trainer.args.per_device_train_batch_size,
+            vocab_size=trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().num_embeddings,
         )
         super().__init__(None, task, seed, limits, trainer._tokenizer)
         self.trainer, self.cost = trainer, trainer.cost
@@ -153,6 +162,10 @@ class TrainingServices(Services):
                 t.accelerator.unwrap_model(t.model), self.tokenizer, chat=t.wrap_prompt.chat
             )
         return self._engine
+
+    def train_rows(self, count: int, name: str) -> list[Any]:
+        rows = self.trainer.rows
+        return [rows[i] for i in self.order(len(rows), name)[:count]]
 
     def _charge(self, seconds: float) -> None:
         self.trainer.stack.service_seconds += seconds

@@ -29,7 +29,7 @@ from experiments import collect
 from experiments.optim import add_modules
 from experiments.recorder import AfterStep
 from experiments.services import TrainingServices
-from methods.base import Batch, Context, LossContext, Segment, Trajectory, Turn, assemble
+from methods.base import Batch, Context, LossContext, Trajectory, assemble
 from methods.errors import ConfigError
 from methods.stack import Stack
 
@@ -101,7 +101,9 @@ class AssayTrainer(GRPOTrainer):
         self.stream_position = 0  # prompts that dynamic sampling has drawn beside the data order
         dataset = Dataset.from_dict({"prompt": [""] * len(rows), "index": list(range(len(rows)))})
         super().__init__(args=args, train_dataset=dataset, reward_funcs=[_unused_reward], **kw)
-        self.objective_modules = torch.nn.ModuleDict(stack.objective.modules()).to(self.accelerator.device)
+        self.objective_modules = torch.nn.ModuleDict(
+            stack.objective.modules(self.accelerator.unwrap_model(self.model))
+        ).to(self.accelerator.device)
         self._hidden: Tensor | None = None
         self.services = TrainingServices(self, task, seed)
         if "hidden" in stack.needs:
@@ -174,19 +176,10 @@ class AssayTrainer(GRPOTrainer):
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         per_rank = self.args.per_device_train_batch_size * self.args.steps_per_generation // G
-        return [
-            Trajectory(
-                row_id=row.id,
-                group_id=self.accelerator.process_index * per_rank + slot // G,
-                sample_id=slot % G,
-                segments=[Segment(prompt_ids[i], completion_ids[i], logprobs[i] if logprobs else None)],
-                turns=[Turn(0, 0, len(completion_ids[i]))],
-                finish="stop" if completion_ids[i][-1] in ends else "length",
-                text=texts[i],
-                row=row,
-            )
-            for i, (row, slot) in enumerate(zip(rows, slots or range(len(rows)), strict=True))
-        ]
+        first = self.accelerator.process_index * per_rank
+        logprobs = logprobs or [None] * len(rows)
+        drawn = zip(rows, slots or range(len(rows)), prompt_ids, completion_ids, logprobs, texts, strict=True)
+        return [collect.trajectory(*one, ends=ends, group_size=G, first_group=first) for one in drawn]
 
     def _redraw_dead_groups(self, ctx: Context) -> None:
         """Dynamic sampling: groups whose rewards are all equal are replaced by new prompts, up to max_draws draws."""
@@ -224,7 +217,9 @@ class AssayTrainer(GRPOTrainer):
         misaligned = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
         with torch.no_grad():
             if misaligned or needs & {"old_logps", "entropies"}:
-                batch.old_logps_ST, batch.entropies_ST = self.score_tokens(batch, entropies="entropies" in needs)
+                old_logps, batch.entropies_ST = self.score_tokens(batch, entropies="entropies" in needs)
+                if misaligned or "old_logps" in needs:  # else the loss takes its own, and every ratio is exactly 1
+                    batch.old_logps_ST = old_logps
             if self.beta != 0.0:
                 batch.ref_logps_ST = self.reference_logps(batch)
 
@@ -348,6 +343,8 @@ class AssayTrainer(GRPOTrainer):
             max_completion_tokens=self.max_completion_length,
             extras={k.removeprefix("extra/"): v for k, v in inputs.items() if k.startswith("extra/")},
             row_weight_B=inputs.get("row_weight"),
+            ids_BL=ids,
+            attention_BL=attention,
             hidden_BTD=None if self._hidden is None else self._hidden[:, -width - 1 : -1],
             log=lambda name, value: self.meter[name].append(value),
         )

@@ -57,6 +57,7 @@ class Services(Protocol):
     def env(self, row: Any) -> Any: ...
     def gather(self, x: Tensor) -> Tensor: ...
     def rng(self, name: str) -> np.random.Generator: ...
+    def train_rows(self, count: int, name: str) -> list[Any]: ...
 
 
 @dataclass
@@ -86,7 +87,11 @@ class Context:
 
     # services under the names that methods use
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]:
-        """Samples with own settings and an own random stream; the global stream is untouched."""
+        """Samples with own settings and an own random stream; the global stream is untouched.
+
+        A request is a dict: one of `prompt_ids`, `prompt`, `messages`; and `n`, `max_tokens`, `temperature`, `top_p`,
+        `stop`, `seed` (None: from `stream`). Gives n results per request, with `text`, `ids`, `finish`.
+        """
         return self.services.generate(requests, stream)
 
     def score(self, texts: Sequence[str], rows: Sequence[Any]) -> list[float]:
@@ -113,6 +118,10 @@ class Context:
     def rng(self, name: str) -> np.random.Generator:
         """A generator derived from run seed, name, round and rank: it needs no saved state."""
         return self.services.rng(f"{name}/{self.round}")
+
+    def train_rows(self, count: int, name: str) -> list[Any]:
+        """`count` training rows, the same at every call with this name: a fixed probe needs no saved state."""
+        return self.services.train_rows(count, name)
 
     @property
     def tokenizer(self) -> Any:
@@ -191,9 +200,10 @@ class LossContext:
     max_completion_tokens: int
     extras: dict[str, Tensor] = field(default_factory=dict)
     row_weight_B: Tensor | None = None
+    ids_BL: Tensor | None = None  # prompt and completion, L = P + T
+    attention_BL: Tensor | None = None
     clip_range: tuple[Any, Any] | None = None
     hidden_BTD: Tensor | None = None
-    values: dict[str, Tensor] = field(default_factory=dict)
     updates: float = 1.0  # optimiser updates that one generation is split into (of each pass)
     share: float = 1.0  # this chunk's part of the micro-batch's rows, for means that have no batch-wide denominator
     log: Callable[[str, Any], None] = lambda name, value: None

@@ -80,8 +80,8 @@ class Objective:
     def loss(self, lctx: LossContext) -> Tensor:
         raise AssertionError("an objective computes its loss")
 
-    def modules(self) -> dict[str, nn.Module]:
-        """Own trained modules (a critic), prepared, optimised and saved with the policy."""
+    def modules(self, policy: nn.Module) -> dict[str, nn.Module]:
+        """Own trained modules (a critic), optimised and saved with the policy, which they may start from."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -618,7 +618,7 @@ class Critic(Grpo):
     needs = frozenset({"hidden"})
     modules_learning_rate = 0.1
 
-    def modules(self):
+    def modules(self, policy):
         if not hasattr(self, "head"):
             self.head = torch.nn.Linear(64, 1)
         return {"value": self.head}
@@ -643,7 +643,7 @@ def test_gradients_of_objective_modules_do_not_pile_up(make_trainer):
     seen = []
 
     class Constant(Grpo):
-        def modules(self):
+        def modules(self, policy):
             if not hasattr(self, "weight"):
                 self.weight = torch.nn.Linear(1, 1, bias=False)
             return {"weight": self.weight}
