@@ -11,6 +11,7 @@ from methods.errors import ConfigError, nearest
 
 SMOKE_KEYS = ("seeds", "overrides", "arms")
 SIGNS = ("lower", "higher", "equal")
+FROM_ARM = "model.init=arm:"  # an arm that starts from what another arm has trained, with the same seed
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Experiment:
                     fix=nearest(arm, self.arms),
                 )
         return [arm for arm in self.arms if wanted is None or arm in wanted]
+
+    def earlier(self, arm: str) -> str | None:
+        """The arm whose run this one starts from (`model.init=arm:NAME`)."""
+        words = [word for word in (*self.common, *self.arms[arm]) if word.startswith("model.init=")]
+        return words[-1].removeprefix(FROM_ARM) if words and words[-1].startswith(FROM_ARM) else None
 
     def variant(self, smoke: bool) -> dict[str, Any]:
         """The file's own keys, for a run of it under another name; those of the smoke variant if `smoke`."""
@@ -116,11 +122,20 @@ def _check(spec: Experiment) -> None:
     named = {"baseline": spec.baseline, "primary.arm": spec.primary.get("arm")}
     named |= {f"controls.{arm}": arm for arm in spec.controls}
     named |= {f"smoke.arms: {arm}": arm for arm in spec.smoke.get("arms") or []}
+    named |= {f"arms.{arm}: model.init": spec.earlier(arm) for arm in spec.arms}
     for key, arm in named.items():
         if arm is not None and arm not in spec.arms:
             raise ConfigError(
                 f"{key} names no arm", where=where, got=arm, expected=", ".join(spec.arms), fix=nearest(arm, spec.arms)
             )
+    for arm in spec.arms:
+        chain = [arm]
+        while (before := spec.earlier(chain[-1])) is not None:
+            if before in chain:
+                raise ConfigError(
+                    "arms start from each other in a circle", where=where, got=" <- ".join([*chain, before])
+                )
+            chain.append(before)
     for metric in [spec.primary] * bool(spec.primary) + spec.secondary:
         if not isinstance(metric, dict) or not metric.get("metric"):
             raise ConfigError("primary and secondary name a metric", where=where, got=metric)

@@ -2,21 +2,25 @@
 
 A sweep (`-m`) multiplies its values out; an experiment multiplies its arms with its seeds; both together sweep
 every arm. Where a run is recorded follows from the line alone, so that the same line again finds its runs.
+
+In an experiment `model.init=arm:NAME` starts an arm from the run of arm NAME with the same seed, under the same name
+of the experiment and with the same swept values; such an arm waits until that run has finished.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import compose as composing
 from cli import experiment as experiment_files
-from methods.errors import ConfigError, nearest
+from methods.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -33,10 +37,11 @@ BOOKKEEPING = re.compile(
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its words, and the composed configuration that they give."""
+    """One run: its words, the composed configuration that they give, and the label of the run that it starts from."""
 
     words: tuple[str, ...]
     cfg: DictConfig
+    earlier: str | None = None
 
     @property
     def label(self) -> str:
@@ -96,7 +101,7 @@ def plan(
         name = f"{spec.name}-smoke" if _flag(words, "smoke") else spec.name
     jobs = [_job(config_name, arm, w, name, config_dirs, spec) for arm, w in lines]
     _check_jobs(jobs, check)
-    return Plan(
+    made = Plan(
         jobs,
         str(jobs[0].cfg.experiment),
         spec=spec,
@@ -107,6 +112,9 @@ def plan(
         dirs=dirs,
         config_name=config_name,
     )
+    for job in jobs:
+        _check_earlier(made, job)
+    return made
 
 
 def launch(plan: Plan, *, target: str = TARGET) -> Path:
@@ -114,16 +122,54 @@ def launch(plan: Plan, *, target: str = TARGET) -> Path:
 
     Raises RunError after the last job if some failed, KeyboardInterrupt if a signal stopped them.
     """
-    from cli import pool
+    from cli import hydra_launcher, pool
 
     _keep_experiment(plan)
-    if any(word.startswith("hydra/launcher=") for word in plan.hydra):
-        return _launch_by_hydra(plan, target)
-    if len(plan.jobs) == 1:
+    by_hydra = any(word.startswith("hydra/launcher=") for word in plan.hydra)
+    if len(plan.jobs) == 1 and not by_hydra:
         return Path(pool.resolve(target)(plan.jobs[0].cfg))
-    workers = plan.workers or pool.default_workers(len(plan.jobs))
-    pool.run([(job.label, job.cfg) for job in plan.jobs], target, workers, title=plan.name)
-    return plan.folder
+    error, path = None, plan.folder
+    for stage in stages(plan.jobs):
+        ready = [job for job in stage if job.earlier is None or _has_finished(plan, job.earlier)]
+        for job in stage:
+            if job not in ready:
+                print(f"{job.label} does not start: {job.earlier}, its first stage, has not finished", file=sys.stderr)
+        try:
+            if by_hydra and ready:
+                path = hydra_launcher.run(replace(plan, jobs=ready), target)
+            elif ready:
+                workers = plan.workers or pool.default_workers(len(ready))
+                pool.run([(job.label, job.cfg) for job in ready], target, workers, title=plan.name)
+        except RunError as failed:  # the other arms of the next stage still run
+            error = error or failed
+    if error is not None:
+        raise error
+    return path if len(plan.jobs) == 1 else plan.folder
+
+
+def stages(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """The jobs in the order in which they can run: those of a stage start from runs of earlier stages only."""
+    left = list(jobs)
+    while left:
+        labels = {job.label for job in left}
+        stage = [job for job in left if job.earlier not in labels]
+        yield stage
+        left = [job for job in left if job.earlier in labels]
+
+
+def _has_finished(plan: Plan, label: str) -> bool:
+    return (plan.folder / label / "summary.json").is_file()
+
+
+def _check_earlier(plan: Plan, job: Job) -> None:
+    if job.earlier is None or job.earlier in {j.label for j in plan.jobs} or _has_finished(plan, job.earlier):
+        return
+    arm = job.earlier.partition("/")[0]
+    raise ConfigError(
+        f"{job.label} starts from {job.earlier}, which this line does not run and which has not finished",
+        where=str(plan.folder),
+        fix=f"run the arm '{arm.partition(',')[0]}' too, or before",
+    )
 
 
 def _keep_experiment(plan: Plan) -> None:
@@ -132,12 +178,13 @@ def _keep_experiment(plan: Plan) -> None:
         return
     import yaml
 
-    from experiments.files import os_errors, replace
+    from experiments.files import os_errors
+    from experiments.files import replace as write
 
     file = plan.folder / "experiment" / f"{plan.name}.yaml"
     with os_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    replace(file, yaml.safe_dump(plan.spec.variant(plan.smoke), sort_keys=False).encode())
+    write(file, yaml.safe_dump(plan.spec.variant(plan.smoke), sort_keys=False).encode())
 
 
 def arm_name(words: Sequence[str], *, named: bool = False) -> str:
@@ -255,7 +302,7 @@ def _experiment_lines(
 
 def _refuse_own_keys(spec: experiment_files.Experiment, arm: str, rest: Sequence[Override]) -> None:
     own = [word.partition("=")[0].lstrip("+~") for word in spec.arms[arm]]
-    for override in rest:
+    for override in [o for o in rest if not o.is_sweep_override()]:  # a sweep's runs are named after its values
         key = override.key_or_group
         if any(mine == key or mine.startswith(f"{key}.") for mine in own):
             raise ConfigError(
@@ -293,14 +340,23 @@ def _job(
                 error.what, where=f"arm '{arm}' of {spec.path}", got=error.got, expected=error.expected, fix=error.fix
             ) from error
         raise
-    cfg = composed.cfg
+    cfg, earlier = composed.cfg, None
     with open_dict(cfg):
         cfg.arm = arm or arm_name(words, named=name is not None)
         cfg.experiment = name or "-".join(_slug(composed.choices.get(g, "none")) for g in ("task", "model"))
+        init = str((cfg.get("model") or {}).get("init"))
+        if init.startswith("arm:"):
+            if spec is None:
+                raise ConfigError(
+                    "arm: names another arm of an experiment", where=f"model.init={init}", fix="give a run"
+                )
+            _, comma, swept = cfg.arm.partition(",")
+            start = init.removeprefix("arm:") + comma + swept
+            cfg.model.init, earlier = f"{cfg.experiment}/{start}", f"{start}/seed{cfg.seed}"
     for part in (cfg.experiment, cfg.arm):
         if not part or "/" in part or part.startswith("."):
             raise ConfigError("a name that becomes a folder has no slash and no leading dot", got=part, fix="name=WORD")
-    return Job(words, cfg)
+    return Job(words, cfg, earlier)
 
 
 def _check_jobs(jobs: Sequence[Job], check: Callable[[DictConfig], Any] | None) -> None:
@@ -320,64 +376,3 @@ def _check_jobs(jobs: Sequence[Job], check: Callable[[DictConfig], Any] | None) 
     for job in jobs:
         if check is not None:
             check(job.cfg)
-
-
-class _HydraTask:
-    """What Hydra's launcher calls in each job. The configurations are those that were checked, found by number."""
-
-    def __init__(self, configs: list[DictConfig], target: str) -> None:
-        self.configs, self.target = configs, target
-
-    def __call__(self, _: DictConfig) -> str:
-        from hydra.core.hydra_config import HydraConfig
-
-        from cli import pool
-
-        return str(pool.resolve(self.target)(self.configs[HydraConfig.get().job.num]))
-
-
-def _launch_by_hydra(plan: Plan, target: str) -> Path:
-    """Hand the jobs to a launcher plugin: joblib, submitit_local, submitit_slurm, ray."""
-    from hydra._internal.callbacks import Callbacks
-    from hydra.core.plugins import Plugins
-    from hydra.core.utils import JobStatus
-    from hydra.errors import HydraException
-    from hydra.types import HydraContext, RunMode
-
-    from methods.errors import RunError
-
-    wanted = next(w for w in plan.hydra if w.startswith("hydra/launcher=")).partition("=")[2]
-    words = [
-        *plan.hydra,
-        f"hydra.sweep.dir='{plan.folder / '.launcher'}'",
-        "hydra.output_subdir=null",
-        "hydra.job.chdir=False",
-    ]
-    with composing.hydra_for(plan.dirs) as hydra:
-        try:
-            config = hydra.compose_config(plan.config_name, words, RunMode.MULTIRUN, from_shell=False)
-        except HydraException as error:
-            known = hydra.config_loader.get_group_options("hydra/launcher")
-            raise ConfigError(
-                f"Hydra cannot load the launcher '{wanted}'",
-                got=str(error).splitlines()[0],
-                expected=", ".join(known),
-                fix=nearest(wanted, known) or "install its extra: pip install 'assay[slurm]' or 'assay[ray]'",
-            ) from error
-        launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config)),
-            task_function=_HydraTask([job.cfg for job in plan.jobs], target),
-            config=config,
-        )
-        results = launcher.launch([[] for _ in plan.jobs], initial_job_idx=0)
-    failed = []
-    for job, result in zip(plan.jobs, results, strict=True):
-        if result.status is not JobStatus.COMPLETED:
-            failed.append(f"{job.label}: {result._return_value}")
-    if failed:
-        raise RunError(
-            f"{len(failed)} of {len(plan.jobs)} runs failed",
-            got="; ".join(failed),
-            fix="the same line again runs only what is missing",
-        )
-    return plan.folder if len(plan.jobs) > 1 else Path(str(results[0].return_value))

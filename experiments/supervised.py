@@ -33,14 +33,14 @@ def settings(cfg: DictConfig):
 
 
 def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list, stop) -> None:
-    """Fine-tunes on `Row.demo` (or chat messages) and records the run; resumable at every saved step."""
+    """Fine-tunes on the rows' demonstrations and records the run; resumable at every saved step."""
     from experiments import run as running
     from experiments.progress import Progress
     from experiments.recorder import Recorder
     from experiments.sft import train_sft
     from experiments.weights import load_weights
 
-    sft = settings(cfg)
+    sft, rows = settings(cfg), demonstrated(rows)
     measure = _measure(cfg, task, loaded, writer.path)
     with Progress(writer.path, f"one step = {sft.batch_size} demonstrations") as progress:
         recorder = Recorder(
@@ -68,6 +68,19 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
     kinds = ("trained_tokens", "forwarded_tokens", "generated_tokens", "judge_calls")
     cost = {k: recorder.last_logs.get(f"cost/{k}", 0) for k in kinds}
     running.finish(writer, loaded, loaded.model, recorder, {}, cost)
+
+
+def demonstrated(rows: list) -> list:
+    """One row per demonstration; rows without one are left out, unless no row has any (then encoding says so)."""
+    from dataclasses import replace
+
+    from methods.demonstrations import demonstrations
+
+    found = []
+    for row in rows:
+        written = "segments" in row.meta
+        found += [row] if written else [replace(row, demo=text) for text in demonstrations(row)]
+    return found or rows
 
 
 def _measure(cfg: DictConfig, task: Any, loaded: Any, folder):

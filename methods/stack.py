@@ -76,6 +76,13 @@ class Stack:
                 got=f"{clip.name} and {loss.name}",
                 fix="drop one of them",
             )
+        if loss and self.objective.beta and "ref_logps" not in loss.needs:
+            raise ConfigError(
+                f"{loss.name} owns the loss, which has no KL term",
+                where="objective.beta",
+                got=self.objective.beta,
+                fix="set objective.beta=0",
+            )
         self._check_controls()
         if self.objective.dynamic_sampling and (keepers := [m.name for m in self.methods if m.keeps_dead_groups]):
             raise ConfigError(

@@ -13,7 +13,7 @@ OURS = ("assay", "cli", "experiments", "methods")
 # What each part may import of ours. `assay.py` is the facade and may import all.
 ALLOWED = {"cli": ("cli", "experiments", "methods"), "experiments": ("experiments", "methods"), "methods": ("methods",)}
 # Shared by all plug-ins; anything else in methods/ is a plug-in and may import none of its siblings.
-SHARED = ("base", "batch", "errors", "numerics", "stack", "controls", "__init__")
+SHARED = ("base", "batch", "errors", "numerics", "stack", "controls", "demonstrations", "__init__")
 TOOLS = ("toolforge", "cdrrm", "sts")
 MODULE, METHOD, FUNCTION = 400, 250, 60
 # Light modules: they are imported by commands that must start at once.

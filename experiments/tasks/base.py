@@ -58,6 +58,10 @@ class Task:
         """Rows of `train`, `eval` or `test`; the same seed gives the same rows. Raises DataError for bad input."""
         raise NotImplementedError
 
+    def warm_rows(self, seed: int) -> list[Row]:
+        """Rows whose `demo` a tiny model is warm-started on; by default the training rows and their demonstrations."""
+        return self.rows("train", seed)
+
     def score(self, text: str, row: Row) -> float:
         """Outcome reward in [0, 1]; the gold answer scores 1."""
         raise NotImplementedError

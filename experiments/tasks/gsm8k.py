@@ -31,6 +31,6 @@ class Gsm8k(TableTask):
         notes = str(record.get("answer", "")).count("<<")
         return "easy" if notes <= 2 else "medium" if notes <= 4 else "hard"
 
-    def demo_of(self, value: Any, record: dict) -> str | None:
+    def demo_of(self, value: str | None, record: dict) -> str | None:
         solution = str(record.get("answer", ""))
         return re.sub(r"<<.*?>>", "", solution) if "####" in solution else None

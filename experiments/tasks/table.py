@@ -52,8 +52,9 @@ class TableTask(Task):
     the questions go to eval by a hash of their text (a repeated question never lands on both sides).
     Rows with choices are rendered with letters and scored by letter, whatever `scorer` says. `wrong_columns`
     (GPQA) are wrong options to be mixed with the answer in a fixed order. `suffix` null means the usual one for the
-    scorer. Further columns are in `Row.meta`, the
-    options as shown under `lettered`. Demonstrations are given to train rows only.
+    scorer. Further columns are in `Row.meta`, the options as shown under `lettered`. Demonstrations are read for train
+    rows only: a text, chat messages of which the first one counts, or a list of texts (`Row.meta["demos"]`); an empty
+    cell is none.
     """
 
     path: str = ""
@@ -85,7 +86,7 @@ class TableTask(Task):
     def rows(self, split: str, seed: int) -> list[Row]:
         """Rows in the order fixed by `seed`. Raises DataError (source, column, row) and ConfigError."""
         records, source = self._records(split)
-        columns = self._columns(records, source)
+        columns = self._columns(records, source, split)
         seen: dict[str, int] = {}
         rows = []
         for place, record in records:
@@ -102,16 +103,17 @@ class TableTask(Task):
 
     # What a task reads from a record; tasks with forms of their own override these.
     def answer_of(self, value: Any, record: dict) -> Any:
-        """The gold answer in the cell `value`; of a worked solution its last boxed part."""
+        """The gold answer in the cell `value`: a worked solution's last boxed part, a mapping's `ground_truth`."""
+        value = value.get("ground_truth") if isinstance(value, dict) else value
         return (scorers.boxed(value) or value) if isinstance(value, str) else value
 
     def tier_of(self, value: Any, record: dict) -> str:
         """The tier in the cell `value` (None: no such column)."""
         return "all" if value is None else str(value)
 
-    def demo_of(self, value: Any, record: dict) -> str | None:
-        """The demonstration in the cell `value` (None: no such column)."""
-        return None if value is None else str(value)
+    def demo_of(self, value: str | None, record: dict) -> str | None:
+        """The demonstration, which is the text of its cell `value` (None: no such column, or an empty cell)."""
+        return value
 
     def _records(self, split: str) -> tuple[list[tuple[int, dict]], str]:
         """(place in the table, record) of one split, and the source they come from."""
@@ -173,7 +175,7 @@ class TableTask(Task):
             )
         return usual
 
-    def _columns(self, records: list[tuple[int, dict]], source: str) -> dict[str, str | None]:
+    def _columns(self, records: list[tuple[int, dict]], source: str, split: str) -> dict[str, str | None]:
         found = columns_of([record for _, record in records])
         for column in self.wrong_columns:
             self._find("wrong", column, found, source)
@@ -182,7 +184,7 @@ class TableTask(Task):
             "answer": self.answer_column,
             "id": self.id_column,
             "tier": self.tier_column,
-            "demo": self.demo_column,
+            "demo": self.demo_column if split == "train" else None,
             "choices": None if self.wrong_columns else self.choices_column,
         }
         return {what: self._find(what, column, found, source) for what, column in asked.items()}
@@ -197,7 +199,7 @@ class TableTask(Task):
             if value is None or value == "" or value == []:
                 raise DataError(f"The {what} is empty", where=f"{where}, column '{columns[what]}'")
         name = str(cell("id")) if cell("id") is not None else f"{bucket(json.dumps(record, default=str), 2**64):016x}"
-        used = {columns["prompt"], columns["answer"], columns["demo"], columns["choices"]}
+        used = {columns["prompt"], columns["answer"], self.demo_column, columns["choices"]}
         meta = {key: value for key, value in record.items() if key not in used}
         options, labels = read_choices(cell("choices"))
         if self.wrong_columns:
@@ -208,13 +210,16 @@ class TableTask(Task):
             answer = letter_of(answer, options, labels, where)
         if options:
             meta["lettered"] = options
+        demos = read_demos(cell("demo"), f"{where}, column '{columns['demo']}'")
+        if len(demos) > 1:
+            meta["demos"] = demos
         self._check_gold(answer, bool(options), where)
         return Row(
             id=name,
             prompt=self._ask(prompt, options, where),
             answer=answer,
             tier=self.tier_of(cell("tier"), record),
-            demo=self.demo_of(cell("demo"), record) if split == "train" else None,
+            demo=self.demo_of(demos[0] if demos else None, record) if split == "train" else None,
             meta=meta,
         )
 
@@ -269,6 +274,24 @@ def read_choices(value: Any) -> tuple[list[str], list[str]]:
     if all(marks):
         texts = [text[mark.end() :] for text, mark in zip(texts, marks, strict=False) if mark]
     return texts, labels
+
+
+def read_demos(value: Any, where: str) -> list[str]:
+    """The demonstrations in a cell: a text, a list of texts, or chat messages of which the first one counts.
+
+    DataError for anything else.
+    """
+    found = [value] if isinstance(value, str) else list(value or []) if isinstance(value, list | None) else [value]
+    if isinstance(value, list) and found and isinstance(found[0], dict):
+        found = [found[0].get("content")]
+    if not all(isinstance(text, str) for text in found):
+        raise DataError(
+            "The demonstration is no text",
+            where=where,
+            got=repr(value)[:100],
+            expected='a text, a list of texts, or [{"role": "assistant", "content": "..."}]',
+        )
+    return [text for text in found if text]
 
 
 def letter_of(answer: Any, options: list[str], labels: list[str], where: str) -> str:

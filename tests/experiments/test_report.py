@@ -167,6 +167,19 @@ def test_items_that_differ_between_arms_are_compared_by_seed_only(tmp_path):
     assert found.interval.basis == "seeds" and found.interval.mean == pytest.approx(1)
 
 
+def test_a_second_stage_counts_what_the_first_has_spent(tmp_path):
+    path = make_run(tmp_path, "second", 0)
+    record = json.loads((path / "run.json").read_text())
+    before = {"step": 30, "cost/generated_tokens": 500, "time/total": 7.0}
+    (path / "run.json").write_text(json.dumps(record | {"before": before}))
+    reading, alone = Reading(load_run(path)), Reading(load_run(make_run(tmp_path, "alone", 0)))
+    spec = alone.spec("eval/score")
+    assert reading.curve(spec)[0].tolist() == [30, 40, 50] and reading.steps == 50
+    assert reading.cost("tokens", np.array([30.0, 40, 50])).tolist() == [500, 10_500, 20_500]
+    assert reading.value("train/time/total") == 47 and reading.value("train/reward") == alone.value("train/reward")
+    assert reading.value("auc/score") == pytest.approx(alone.value("auc/score"), abs=0.02)
+
+
 def test_equal_tokens_compares_at_the_smallest_common_budget(tmp_path):
     arm = [Reading(load_run(make_run(tmp_path, "good", 0, gain=0.2, tokens=2000)))]
     base = [Reading(load_run(make_run(tmp_path, "grpo", 0, tokens=1000)))]

@@ -277,6 +277,58 @@ def test_split_column_and_eval_path(tmp_path: Path):
     assert len(Jsonl(path=str(file), eval_path=str(other)).rows("eval", 0)) == 7
 
 
+def with_demo(tmp_path: Path, demo: object) -> Jsonl:
+    file = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "1+1=", "answer": "2", "way": demo}])
+    return Jsonl(path=str(file), demo_column="way", eval_fraction=0.0)
+
+
+@pytest.mark.parametrize(
+    ("cell", "demo"),
+    [
+        ("1+1 is 2", "1+1 is 2"),
+        ([{"role": "assistant", "content": "<think>\nwell</think>2"}, {"role": "user"}], "<think>\nwell</think>2"),
+        (["first", "second"], "first"),
+        ("", None),
+        (None, None),
+        ([], None),
+    ],
+)
+def test_what_a_demonstration_cell_may_hold(tmp_path: Path, cell: object, demo: str | None):
+    (row,) = with_demo(tmp_path, cell).rows("train", 0)
+    assert row.demo == demo and row.meta == ({"demos": cell} if cell == ["first", "second"] else {})
+
+
+@pytest.mark.parametrize("cell", [7, {"content": "x"}, [1, 2], [{"role": "assistant"}]])
+def test_a_demonstration_cell_of_another_kind_is_refused(tmp_path: Path, cell: object):
+    with pytest.raises(DataError, match=r"demonstration is no text.*row 1, column 'way'"):
+        with_demo(tmp_path, cell).rows("train", 0)
+
+
+def test_a_missing_demonstration_column_is_refused_for_training_only(tmp_path: Path):
+    file = write_jsonl(tmp_path / "d.jsonl", [{"prompt": f"{k}+1=", "answer": "2", "wya": "x"} for k in range(20)])
+    task = Jsonl(path=str(file), demo_column="way", eval_fraction=0.5)
+    with pytest.raises(DataError, match=r"no column 'way'.*did you mean 'wya'"):
+        task.rows("train", 0)
+    assert task.rows("eval", 0)
+
+
+def test_openr1_layout(tmp_path: Path):
+    """Chat prompt, the trace as the first message of `target`, the answer inside a mapping."""
+    prompt = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is half of 1?"}]
+    record = {"prompt": prompt, "target": [{"role": "assistant", "content": "<think>\nhm</think>\\boxed{1/2}"}]}
+    record |= {"reward_model": {"ground_truth": "\\frac{1}{2}", "style": "rule"}, "data_source": "numina"}
+    task = Math(
+        path=str(write_jsonl(tmp_path / "o.jsonl", [record])),
+        demo_column="target",
+        answer_column="reward_model",
+        suffix="",
+        eval_fraction=0.0,
+    )
+    (row,) = task.rows("train", 0)
+    assert row.prompt == prompt and row.answer == "\\frac{1}{2}" and row.demo.startswith("<think>\nhm")
+    assert task.score(row.demo, row) == 1 and row.meta["data_source"] == "numina"
+
+
 def test_user_file_with_columns_tiers_and_demos(tmp_path: Path):
     rows = [{"q": f"q{k}", "gold": k, "kind": ["b", "a"][k % 2], "way": f"w{k}", "note": k} for k in range(20)]
     task = Jsonl(

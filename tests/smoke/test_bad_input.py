@@ -99,6 +99,45 @@ def test_task_files(case, assay, tmp_path):
     assert not list(tmp_path.rglob("metrics.jsonl")) or not next(iter(tmp_path.rglob("metrics.jsonl"))).read_text()
 
 
+DEMOS = {
+    "missing column": ({"shown": "2"}, "did you mean 'shown'"),
+    "no text": ({"demo": 7}, "row 1, column 'demo'"),
+    "empty everywhere": ({"demo": ""}, "no training row has one"),
+    "symbols that the tokenizer lacks": ({"demo": "2é"}, "does not give a demonstration back"),
+}
+
+
+def demonstration_run(assay, path, records, *words):
+    path.write_text("".join(json.dumps({"prompt": f"{k}+1=", "answer": "2"} | r) + "\n" for k, r in enumerate(records)))
+    small = [w for w in SMALL if not w.startswith("task.")]
+    line = ["task=jsonl", f"task.path={path}", "task.demo_column=demo", "task.max_completion_tokens=8", "method=[srft]"]
+    return assay(*small, *line, *words, small=False)
+
+
+@pytest.mark.parametrize("case", DEMOS)
+def test_demonstration_files(case, assay, tmp_path):
+    record, message = DEMOS[case]
+    code, err = demonstration_run(assay, tmp_path / "rows.jsonl", [record] * 40)
+    assert code == 2 and message in paragraph(err)
+    assert not list(tmp_path.rglob("checkpoints/*"))
+
+
+def test_wrong_long_and_missing_demonstrations_are_left_out_and_counted(assay, tmp_path):
+    records = [{"demo": demo} for demo in ("2", "3", "2" * 30, None)] * 10
+    code, err = demonstration_run(assay, tmp_path / "rows.jsonl", records)
+    assert code == 0, err
+    lines = [json.loads(line) for line in next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()]
+    counts = {k: sum(line[f"srft/{k}"] for line in lines) for k in ("demos", "demo_rejected", "demo_too_long")}
+    assert 16 > counts["demos"] > counts["demo_rejected"] > 0 and counts["demo_too_long"] > 0
+
+
+def test_a_group_of_one_and_a_group_of_demonstrations_only(assay):
+    code, err = assay("method=[srft]", "trainer.rollouts_per_prompt=1")
+    assert code == 2 and "at least two rollouts" in paragraph(err)
+    code, err = assay("method=[srft]", "method.srft.n_demo=4")
+    assert code == 2 and "no slot is left for rollouts" in paragraph(err)
+
+
 def test_nan_reward(assay, tmp_path):
     source = tmp_path / "mine.py"
     source.write_text("def reward(completions, rows, **kw):\n    return [float('nan')] * len(completions)\n")

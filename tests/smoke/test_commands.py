@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 TINY = ["model.warm_start.steps=20", "task.train_rows=200"]
 SHORT = [
@@ -67,7 +68,10 @@ def test_a_finished_run_is_evaluated_and_started_from(assay, tmp_path):
     assert "score" in out and "95 %" in out
     record = pd.read_parquet(Path(out.strip().splitlines()[-1]) / "eval.parquet")
     assert len(record) == 9 and record["score"].between(0, 1).all()
-    assay("train", "name=second", f"model.init={run}", "scale=cpu", "task.train_rows=200", *SHORT)
+    out, _ = assay("train", "name=second", f"model.init={run}", "scale=cpu", "task.train_rows=200", *SHORT)
+    before = json.loads((Path(out.strip().splitlines()[-1]) / "run.json").read_text())["before"]
+    spent = json.loads((run / "summary.json").read_text())["cost"]
+    assert before["step"] == 2 and before["cost/generated_tokens"] == spent["generated_tokens"] > 0
 
 
 def test_study(assay, tmp_path):
@@ -123,5 +127,6 @@ def test_smoke_variant_of_every_trained_experiment(name, assay, tmp_path):
     """Every arm of the smoke variant trains, and the report has the primary comparison of the file."""
     out, _ = assay("train", f"experiment={name}", "smoke=true", "scale=cpu", *TINY)
     table = (tmp_path / f"{name}-smoke" / "table.md").read_text()
-    assert "auc/score/hard" in table and "demonstration" in table
+    primary = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())["primary"]["metric"]
+    assert primary in table and "demonstration" in table
     assert "table.md" in out or "raw" in out.strip().splitlines()[-1]
