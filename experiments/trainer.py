@@ -29,6 +29,7 @@ from experiments import collect
 from experiments.optim import add_modules
 from experiments.recorder import AfterStep
 from experiments.services import TrainingServices
+from experiments.tokenizers import chat_ids, prefilled
 from methods.base import Batch, Context, LossContext, Trajectory, assemble
 from methods.errors import ConfigError
 from methods.stack import Stack
@@ -160,6 +161,12 @@ class AssayTrainer(GRPOTrainer):
                 t.group_id += first_group
         collect.score(ctx.trajs, self.reward_specs, step=ctx.step)
         self.stack.rewards(ctx.trajs, ctx)
+
+    def _tokenize_prompts(self, prompts):
+        """TRL's own, but a chat that ends in the assistant's words (a prefill) goes on with them."""
+        if not any(map(prefilled, prompts)):
+            return super()._tokenize_prompts(prompts)
+        return [chat_ids(prompt, self._tokenizer) for prompt in prompts], None, {}
 
     def tokenize(self, prompts) -> list[list[int]]:
         """Prompt ids as in training: chat template for a chat model, plain text otherwise."""
