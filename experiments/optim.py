@@ -10,7 +10,7 @@ from torch import nn
 
 def add_modules(optimizer: Any, modules: nn.Module, learning_rate: float, max_grad_norm: float) -> None:
     """Adds the modules' parameters as a group; HF clips and zeroes the gradients of the model only."""
-    parameters = list(modules.parameters())
+    parameters = [p for p in modules.parameters() if p.requires_grad]
     optimizer.add_param_group({"params": parameters, "lr": learning_rate})
 
     def clip(*_: Any) -> None:

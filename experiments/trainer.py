@@ -232,8 +232,7 @@ class AssayTrainer(GRPOTrainer):
 
     def score_tokens(self, batch: Batch, entropies: bool = False, model=None) -> tuple[Tensor, Tensor | None]:
         """(S, T) log-probs, and entropies if asked, of the completions under the policy (or `model`)."""
-        ids = torch.cat([batch.prompt_ids_SP, batch.completion_ids_ST], dim=1)
-        mask = torch.cat([batch.prompt_mask_SP, batch.completion_mask_ST], dim=1)
+        ids, mask = batch.sequences()
         self.cost["forwarded_tokens"] += int(mask.sum())
         with self.services.counted("forward"):
             logps, ents, _ = self._get_per_token_logps_and_entropies(
@@ -255,8 +254,7 @@ class AssayTrainer(GRPOTrainer):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """(S, T, D) states from which each completion token was predicted."""
-        ids = torch.cat([batch.prompt_ids_SP, batch.completion_ids_ST], dim=1)
-        mask = torch.cat([batch.prompt_mask_SP, batch.completion_mask_ST], dim=1)
+        ids, mask = batch.sequences()
         self.cost["forwarded_tokens"] += int(mask.sum())
         decoder = self.accelerator.unwrap_model(self.model).get_decoder()
         limit, width = self.args.per_device_train_batch_size, batch.completion_ids_ST.size(1)
@@ -359,7 +357,7 @@ class AssayTrainer(GRPOTrainer):
     def create_optimizer(self, *args, **kw):
         optimizer = super().create_optimizer(*args, **kw)
         if self.objective_modules and not getattr(self, "_modules_added", False):
-            rate = getattr(self.stack.objective, "modules_learning_rate", self.args.learning_rate)
+            rate = self.stack.objective.modules_learning_rate or self.args.learning_rate
             add_modules(optimizer, self.objective_modules, rate, self.args.max_grad_norm)
             self._modules_added = True
         return optimizer

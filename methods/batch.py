@@ -96,6 +96,11 @@ class Batch:
     def rows(self) -> int:
         return self.completion_ids_ST.shape[0]
 
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """(S, P + T) ids and attention mask of prompt and completion together."""
+        ids = torch.cat([self.prompt_ids_SP, self.completion_ids_ST], dim=1)
+        return ids, torch.cat([self.prompt_mask_SP, self.completion_mask_ST], dim=1)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every row-aligned tensor by field name; extras as `extra/<name>`."""
         named = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}

@@ -74,3 +74,28 @@ def trajectory_returns(rewards_ST: Tensor, mask_ST: Tensor, traj_S: Tensor, gamm
         if mask_ST[row].any():
             after = returns_ST[one, int(mask_ST[row].argmax())]
     return returns_ST
+
+
+def next_values(values_ST: Tensor, mask_ST: Tensor, traj_S: Tensor) -> Tensor:
+    """(S, T) value at the next model token of the same trajectory, 0 after its last (rows in trajectory order)."""
+    rows, width = mask_ST.shape
+    flat = mask_ST.bool().flatten()
+    place = torch.arange(rows * width, device=flat.device)
+    # Position of the first model token strictly after each one: a running minimum from the end.
+    here = torch.where(flat, place, rows * width)
+    after = torch.cat([here[1:], here.new_full((1,), rows * width)]).flip(0).cummin(0).values.flip(0)
+    traj = torch.cat([traj_S.repeat_interleave(width), traj_S.new_full((1,), -1)])
+    found = torch.cat([values_ST.flatten(), values_ST.new_zeros(1)])[after]
+    return torch.where(flat & (traj[after] == traj[:-1]), found, 0.0).view(rows, width)
+
+
+def generalised_advantages(
+    rewards_ST: Tensor, values_ST: Tensor, mask_ST: Tensor, traj_S: Tensor, gamma: float = 1.0, lam: float = 1.0
+) -> Tensor:
+    """(S, T) generalised advantage estimates over model tokens (arXiv 1506.02438).
+
+    delta_t = rho_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}. V is 0 after a trajectory's last model
+    token; tool text neither pays nor discounts.
+    """
+    delta_ST = (rewards_ST + gamma * next_values(values_ST, mask_ST, traj_S) - values_ST) * mask_ST
+    return trajectory_returns(delta_ST, mask_ST, traj_S, gamma * lam)

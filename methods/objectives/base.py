@@ -31,6 +31,7 @@ class Objective:
     clips = False
     group_baseline = True
     dynamic_sampling = False
+    modules_learning_rate = None  # of `modules`; None = the policy's
 
     def __post_init__(self) -> None:
         if self.scale_rewards not in ("group", "batch", "none"):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from methods.base import LossContext, Segment, Trajectory
 from methods.numerics import discounted_returns, group_stats, trajectory_returns
 from methods.objectives import policy_gradient as pg
-from methods.objectives.reinforce_pp import ReinforcePP, place_on_last_token
+from methods.objectives.credit import place_on_last_token
+from methods.objectives.reinforce_pp import ReinforcePP
 
 LENGTHS = (3, 1, 5, 2)
 ACCUMULATION = 2

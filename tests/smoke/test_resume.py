@@ -30,7 +30,7 @@ WORDS = [
     "eval.samples=2",
     "eval.kl_probe=4",
 ]
-STACKS = {"empty": "method=[]", "ha_dw": "method=[ha_dw]"}
+STACKS = {"empty": "method=[]", "ha_dw": "method=[ha_dw]", "ppo": "objective=ppo"}
 
 
 def command(folder, stack):
