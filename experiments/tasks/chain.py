@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, field
 
 from experiments.tasks import scorers
+from experiments.tasks.arithmetic import SYMBOLS as ARITHMETIC
 from experiments.tasks.arithmetic import Arithmetic, demonstration
 from experiments.tasks.base import Row
 from methods.errors import ConfigError
 
 STEP, WAIT = "\nstep ", "\nwait "
 BEGIN, ANSWER, END = "<think>", "</think>\\boxed{", "}"
-# Operation and operand are two tokens, as are a step and its value: then both are a constant distance apart.
-SYMBOLS = (*"0123456789+-*=", BEGIN, STEP, WAIT, "</think>", "\\boxed{", END)
+# A blank before each operation: two tokens, as many as a step and its value, so that both keep a constant distance.
+SYMBOLS = (*ARITHMETIC, " ", BEGIN, STEP, WAIT, "</think>", "\\boxed{", END)
 
 
 @dataclass
 class Chain(Arithmetic):
-    r"""`3+4-2=<think>` -> `\nstep 7\nstep 5\nwait 5</think>\boxed{5}`: one step per operation, then re-checks.
+    r"""`3 +4 -2=<think>` -> `\nstep 7\nstep 5\nwait 5</think>\boxed{5}`: one step per operation, then re-checks.
 
     A demonstration re-checks 0 to `max_rechecks` times, each count equally often. A re-check writes a value and goes on
     from it: a right one becomes one of the nine others with `corruption`, a wrong one is mended with `repair`. So
@@ -54,7 +56,7 @@ class Chain(Arithmetic):
     def _row(self, prompt: str, tier: str, occurrence: int, split: str, rng: random.Random) -> Row:
         row = super()._row(prompt, tier, occurrence, "eval", rng)  # its own demonstrations are bare digits
         demo = self._demo(prompt, int(row.answer), rng) if split == "train" else None
-        return Row(row.id, prompt + BEGIN, row.answer, tier, demo, meta=row.meta)
+        return Row(row.id, re.sub(r"(?=[+*-])", " ", prompt) + BEGIN, row.answer, tier, demo, meta=row.meta)
 
     def _demo(self, prompt: str, answer: int, rng: random.Random) -> str:
         steps = demonstration(prompt, rng, self.demo_noise)
