@@ -199,7 +199,8 @@ def hooks(sizes: tuple[int, ...] = (64, 256, 1024), tokens: int = 64, count: int
     names = [p.stem for p in files if "_target_: methods.controls" not in p.read_text()]
     print(f"hook time / step time, {tokens} tokens, median of {count} steps with its range")
     for name in names:
-        runs_on: Any = get_class(OmegaConf.load(CONF / "method" / f"{name}.yaml")["_target_"])
+        conf: Any = OmegaConf.load(CONF / "method" / f"{name}.yaml")
+        runs_on: Any = get_class(conf._target_)
         objective = [f"objective={runs_on.objectives[0]}"] if runs_on.objectives else []
         for rows in sizes:
             words = [
