@@ -189,17 +189,26 @@ def steps(pairs: int = 60) -> None:
 
 
 def hooks(sizes: tuple[int, ...] = (64, 256, 1024), tokens: int = 64, count: int = 6) -> None:
-    """Hook time over step time of every method, alone on its default objective."""
+    """Hook time over step time of every method, alone on the first objective that it runs on."""
     import torch
-    from hydra.utils import instantiate
+    from hydra.utils import get_class, instantiate
+    from omegaconf import OmegaConf
 
     torch.set_num_threads(1)
     files = sorted((CONF / "method").glob("*.yaml"))
     names = [p.stem for p in files if "_target_: methods.controls" not in p.read_text()]
     print(f"hook time / step time, {tokens} tokens, median of {count} steps with its range")
     for name in names:
+        conf: Any = OmegaConf.load(CONF / "method" / f"{name}.yaml")
+        runs_on: Any = get_class(conf._target_)
+        objective = [f"objective={runs_on.objectives[0]}"] if runs_on.objectives else []
         for rows in sizes:
-            words = [f"method=[{name}]", f"trainer.prompts_per_step={rows // 8}", "trainer.rows_per_device=64"]
+            words = [
+                *objective,
+                f"method=[{name}]",
+                f"trainer.prompts_per_step={rows // 8}",
+                "trainer.rows_per_device=64",
+            ]
             words += [
                 f"trainer.max_completion_tokens={tokens}",
                 f"trainer.max_steps={count + 1}",

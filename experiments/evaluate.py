@@ -137,15 +137,22 @@ def _hooked(cfg: DictConfig, engine: Any, name: str, task: Task, rows: list[Row]
     from types import SimpleNamespace
 
     from experiments import hooked
+    from experiments.engines.base import Request, encode
     from experiments.services import Services
     from methods.base import Context
 
     e, stack = cfg.eval, hooked.stack_of(cfg)
     budget = e.max_tokens or task.max_completion_tokens
     how = hooked.Sampling(e.samples, e.temperature, e.top_p, budget, derive(cfg.seed, "eval"))
-    services = Services(engine, task, int(cfg.seed), SimpleNamespace(max_completion_tokens=budget))
+    limits = SimpleNamespace(max_completion_tokens=budget)
+    tokenizer = getattr(engine, "tokenizer", None)
+    services = Services(engine, task, int(cfg.seed), limits, tokenizer)
     ctx = Context("eval", 0, 0, e.samples, services=services, signal_fn=stack.signal)
-    trajs, columns = hooked.rollouts(stack, ctx, engine, rows, how)
+
+    def ids(prompt: Any) -> list[int]:
+        return encode(tokenizer, Request(**hooked.prompt_field(prompt)), engine.chat)
+
+    trajs, columns = hooked.rollouts(stack, ctx, engine, rows, how, None if tokenizer is None else ids)
     results = hooked.as_results(trajs, e.samples)
     frame = score_results(task, rows, results, split=name)
     return frame.assign(**columns), results

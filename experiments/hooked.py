@@ -56,6 +56,11 @@ def as_results(trajs: Sequence[Trajectory], samples: int) -> list[list[Result]]:
     return [results[i : i + samples] for i in range(0, len(results), samples)]
 
 
+def prompt_field(prompt: str | list[dict]) -> dict[str, Any]:
+    """A row's prompt as the field of a request."""
+    return {"prompt" if isinstance(prompt, str) else "messages": prompt}
+
+
 def _sample(engine: Any, rows: Sequence[Any], how: Sampling, encode, slots=None) -> list[Trajectory]:
     slots = slots or range(len(rows))
     requests, ids_of = [], {}
@@ -64,7 +69,7 @@ def _sample(engine: Any, rows: Sequence[Any], how: Sampling, encode, slots=None)
             ids_of[id(row)] = ids_of.get(id(row)) or encode(row.prompt)
             prompt: dict[str, Any] = {"prompt_ids": ids_of[id(row)]}
         else:
-            prompt = {"prompt" if isinstance(row.prompt, str) else "messages": row.prompt}
+            prompt = prompt_field(row.prompt)
         seed = derive(how.seed, row.id, slots[i] % how.samples)
         requests.append(
             Request(**prompt, max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p, seed=seed)

@@ -53,9 +53,12 @@ class Measure:
         e = self.cfg.eval
         how = hooked.Sampling(e.samples, e.temperature, e.top_p, self.max_tokens, derive(self.cfg.seed, "eval", step))
         ctx = self.context()
-        cost, hook_seconds = dict(ctx.services.cost), dict(self.stack.seconds)
+        services: Any = ctx.services
+        cost, seconds, hook_seconds = dict(services.cost), dict(services.seconds), dict(self.stack.seconds)
         trajs, columns = hooked.rollouts(self.stack, ctx, self.engine, self.rows, how, self.encode)
-        ctx.services.cost.update(cost)
+        services.cost.update(cost)
+        services.seconds.clear()
+        services.seconds.update(seconds)
         self.stack.seconds.clear()
         self.stack.seconds.update(hook_seconds)
         frame = score_results(self.task, self.rows, hooked.as_results(trajs, e.samples), split=e.split).assign(

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from experiments.tasks import scorers
 from experiments.tasks.base import Row, Task, first_line, plain
 from methods.errors import AssayError, ConfigError, RunError, nearest
 
@@ -40,8 +41,8 @@ class RewardSpec:
 def build(cfg_reward: Sequence[Mapping[str, Any]], task: Task) -> list[RewardSpec]:
     """The reward list of `reward:` in a config, in its order.
 
-    An entry has `name`, `function` (`task`, `length`, `metric`, or `file.py:function`; default: its name), `weight`
-    (1), `role` (`outcome`) and `kwargs` for the function. Raises ConfigError for an empty list, unknown keys,
+    An entry has `name`, `function` (`task`, `length`, `metric`, `thinking`, or `file.py:function`; default: its name),
+    `weight` (1), `role` (`outcome`) and `kwargs` for the function. Raises ConfigError for an empty list, unknown keys,
     functions or roles, a weight that is no finite number, and for names used twice.
     """
     entries = plain(cfg_reward)
@@ -98,7 +99,7 @@ def _spec(entry: Any, where: str, task: Task) -> RewardSpec:
 def _function(function: str, kwargs: dict, where: str, task: Task) -> RewardFn:
     if ":" in function:
         return checked(load_function(function, kwargs), function, kwargs)
-    builtin = {"task": _task, "length": _length, "metric": _metric}
+    builtin = {"task": _task, "length": _length, "metric": _metric, "thinking": _thinking}
     if function not in builtin:
         raise ConfigError(
             f"Unknown reward function '{function}'",
@@ -121,6 +122,20 @@ def _function(function: str, kwargs: dict, where: str, task: Task) -> RewardFn:
 def _task(task: Task) -> RewardFn:
     """The task's own score."""
     return lambda texts, rows: [task.score(text, row) for text, row in zip(texts, rows, strict=True)]
+
+
+def _thinking(task: Task, unclosed: float = -10.0, no_answer: float = -9.5) -> RewardFn:
+    r"""The task's score for a finished thinking block with a boxed answer behind it (VSRM's outcome reward).
+
+    `unclosed` without `</think>` (the opening tag may stand in the prompt), `no_answer` without a filled `\boxed{}`.
+    """
+
+    def value(text: str, row: Row) -> float:
+        if "</think>" not in text:
+            return unclosed
+        return task.score(text, row) if scorers.boxed(scorers.final_text(text)) else no_answer
+
+    return lambda texts, rows: [value(text, row) for text, row in zip(texts, rows, strict=True)]
 
 
 def _length(task: Task, unit: str = "characters") -> RewardFn:

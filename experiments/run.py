@@ -16,6 +16,7 @@ from experiments.files import os_errors
 from experiments.recording import already_done, make_room, only_writer, open_record, run_folder
 from experiments.records import RunWriter
 from experiments.seeds import derive
+from experiments.tokenizers import plain_text
 from methods.errors import AssayError, ConfigError, DataError, RunError, nearest
 
 INF = float("inf")
@@ -41,15 +42,16 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 
 @dataclass
 class PromptWrapper:
-    """A row's prompt as TRL tokenises it: messages for a chat model, plain text otherwise."""
+    """A row's prompt as the trainer tokenises it: messages for a chat model, plain text otherwise."""
 
     chat: bool
 
     def __call__(self, prompt: Any) -> Any:
         if self.chat:
             return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if isinstance(prompt, str):
-            return prompt
+        text = plain_text(prompt)
+        if text is not None:
+            return text
         raise ConfigError(
             "the task gives chat messages and the model has no chat template",
             where="model",

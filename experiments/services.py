@@ -65,17 +65,16 @@ class Services:
 
         from experiments.engines.base import Request
 
-        requests = [Request(**r) if isinstance(r, dict) else r for r in requests]
-
         # A stream goes on within a step; it starts anew with each step, so that a resumed run draws the same.
         if self._calls_step != self.step:
             self._calls_step, self._calls = self.step, Counter()
         self._calls[stream] += 1
         base = derive(self.seed, "generate", stream, self.step, self.rank, self._calls[stream])
-        seeded = [replace(r, seed=derive(base, i)) if r.seed is None else r for i, r in enumerate(requests)]
         with self.counted("generate"):
+            requests = [Request(**r) if isinstance(r, dict) else r for r in requests]
+            seeded = [replace(r, seed=derive(base, i)) if r.seed is None else r for i, r in enumerate(requests)]
             results = self.engine.generate(seeded)
-        self.cost["generated_tokens"] += sum(r.usage.completion_tokens for rs in results for r in rs)
+            self.cost["generated_tokens"] += sum(r.usage.completion_tokens for rs in results for r in rs)
         return results
 
     def score(self, texts: Sequence[str], rows: Sequence[Any]) -> list[float]:

@@ -90,7 +90,7 @@ def encode(row: Any, loaded: LoadedModel) -> dict[str, list[int]]:
     messages = row.get("messages")
     if messages is None:
         prompt, completion = row["prompt"], row["completion"]
-        if not loaded.chat:
+        if not loaded.chat or prefilled(prompt):
             return _encode_segments(prompt, [(completion, True)], loaded)
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         # Earlier assistant turns of a prompt are what the model was given, not what the row demonstrates.
@@ -129,13 +129,40 @@ def prompt_ids(prompt: str | list[dict], loaded: LoadedModel) -> list[int]:
     """Ids of a prompt as the model meets it when it generates: raw, or through the chat template of a chat model."""
     if not loaded.chat:
         return list(loaded.tokenizer(_plain(prompt, loaded))["input_ids"])
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return _ids(loaded.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), loaded)
+    return chat_ids([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, loaded.tokenizer)
 
 
-def _plain(prompt: str | list[dict], loaded: LoadedModel) -> str:
+def prefilled(prompt: str | Sequence[Mapping]) -> bool:
+    """Whether a prompt is a chat that ends in the assistant's own words, with which its answer begins."""
+    return not isinstance(prompt, str) and bool(prompt) and prompt[-1]["role"] == "assistant"
+
+
+def chat_ids(messages: Sequence[Mapping], tokenizer: Any) -> list[int]:
+    """Ids of a chat up to where the model goes on: behind the generation prompt, or behind its prefilled words.
+
+    The prefill is put behind the template's own generation prompt: templates rewrite finished turns, for example
+    by an empty thinking block.
+    """
+    begun = messages[-1]["content"] if prefilled(messages) else None
+    text = tokenizer.apply_chat_template(
+        list(messages if begun is None else messages[:-1]), add_generation_prompt=True, tokenize=False
+    )
+    # The template has written the special tokens already; a second BOS would shift every position.
+    return list(tokenizer(text + (begun or ""), add_special_tokens=False)["input_ids"])
+
+
+def plain_text(prompt: str | Sequence[Mapping]) -> str | None:
+    """A prompt for a model without chat: text as it is, a user message and the prefill behind it joined; else None."""
     if isinstance(prompt, str):
         return prompt
+    one_turn = [m["role"] for m in prompt] == ["user", "assistant"]
+    return prompt[0]["content"] + prompt[1]["content"] if one_turn else None
+
+
+def _plain(prompt: str | Sequence[Mapping], loaded: LoadedModel) -> str:
+    text = plain_text(prompt)
+    if text is not None:
+        return text
     raise DataError(
         f"Chat messages cannot be shown to the model '{loaded.name}', which has no chat template",
         expected="plain prompts, or a chat model",

@@ -29,6 +29,7 @@ from experiments import collect
 from experiments.optim import add_modules
 from experiments.recorder import AfterStep
 from experiments.services import TrainingServices
+from experiments.tokenizers import chat_ids, prefilled
 from methods.base import Batch, Context, LossContext, Trajectory, assemble
 from methods.errors import ConfigError
 from methods.stack import Stack
@@ -161,23 +162,27 @@ class AssayTrainer(GRPOTrainer):
         collect.score(ctx.trajs, self.reward_specs, step=ctx.step)
         self.stack.rewards(ctx.trajs, ctx)
 
+    def _tokenize_prompts(self, prompts):
+        """TRL's own, but a chat that ends in the assistant's words (a prefill) goes on with them."""
+        if not any(map(prefilled, prompts)):
+            return super()._tokenize_prompts(prompts)
+        return [chat_ids(p, self._tokenizer) for p in prompts], None, {}
+
     def tokenize(self, prompts) -> list[list[int]]:
         """Prompt ids as in training: chat template for a chat model, plain text otherwise."""
         return self._tokenize_prompts([self.wrap_prompt(p) for p in prompts])[0]
 
     def default_rollout(self, rows, slots: Sequence[int] | None = None) -> list[Trajectory]:
         """One generation per row; row i fills slot `slots[i]` (default i), slot j is sample j % G of group j // G."""
-        prompts = [self.wrap_prompt(row.prompt) for row in rows]
         G = self.num_generations
         with self.services.counted("generation"):
-            prompt_ids, images, fields = self._tokenize_prompts(prompts)
+            prompt_ids, images, fields = self._tokenize_prompts([self.wrap_prompt(row.prompt) for row in rows])
             completion_ids, logprobs = self._generate_single_turn(prompt_ids, images, fields, G)
         self.cost["generated_tokens"] += sum(map(len, completion_ids))
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         per_rank = self.args.per_device_train_batch_size * self.args.steps_per_generation // G
-        first = self.accelerator.process_index * per_rank
-        logprobs = logprobs or [None] * len(rows)
+        first, logprobs = self.accelerator.process_index * per_rank, logprobs or [None] * len(rows)
         drawn = zip(rows, slots or range(len(rows)), prompt_ids, completion_ids, logprobs, texts, strict=True)
         return [collect.trajectory(*one, ends=ends, group_size=G, first_group=first) for one in drawn]
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from experiments.tokenizers import chat_ids, plain_text, prefilled
 from methods.errors import ConfigError
 
 Progress = Callable[[int], None]
@@ -124,6 +125,8 @@ class BaseEngine:
 
     name = "engine"
     needs: Literal["model", "folder", "nothing"] = "nothing"
+    tokenizer: Any = None  # where the engine works on token ids
+    chat = False  # plain prompts become one user message
 
     def __init__(self) -> None:
         self._cost: dict[str, float] = {"requests": 0, "errors": 0, "prompt_tokens": 0, "completion_tokens": 0}
@@ -170,7 +173,7 @@ class BaseEngine:
 def encode(tokenizer: Any, request: Request, chat: bool) -> list[int]:
     """Prompt token ids of `request`: a chat goes through the tokenizer's template, plain text in as it is.
 
-    Raises ConfigError for messages where there is no chat template.
+    A final assistant message is continued. Raises ConfigError for messages where there is no chat template.
     """
     if request.prompt_ids is not None:
         return list(request.prompt_ids)
@@ -179,15 +182,15 @@ def encode(tokenizer: Any, request: Request, chat: bool) -> list[int]:
         messages = [{"role": "user", "content": request.prompt}]
     if messages is None:
         return list(tokenizer(request.prompt)["input_ids"])
+    if not chat and prefilled(messages) and (text := plain_text(messages)) is not None:
+        return list(tokenizer(text)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             "The prompt is a list of chat messages, but the tokenizer has no chat template",
             expected="a chat model, or a task whose prompts are plain text",
             fix="choose an instruction-tuned model, or set its chat switch to false for a task with plain prompts",
         )
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    # The template has written the special tokens already; a second BOS would shift every position.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return chat_ids(messages, tokenizer)
 
 
 def request_key(identity: dict[str, Any], request: Request) -> str:

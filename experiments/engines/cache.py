@@ -31,6 +31,7 @@ class CachedEngine(BaseEngine):
     def __init__(self, engine: Engine, folder: str | os.PathLike[str]) -> None:
         super().__init__()
         self.engine, self.folder, self.name = engine, Path(folder), engine.name
+        self.chat = getattr(engine, "chat", False)
         self._shard: Any = None
         self._where: dict[str, tuple[Path, int]] = {}
         self._hits = 0
@@ -46,6 +47,10 @@ class CachedEngine(BaseEngine):
                 expected="a folder that can be read and written",
                 fix="give another folder, or null for no cache",
             ) from None
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.engine, "tokenizer", None)
 
     def _scan(self, path: Path) -> None:
         offset = 0

@@ -18,6 +18,7 @@ import httpx
 from experiments.engines.base import BaseEngine, Request, Result, Usage, failed
 from experiments.engines.endpoint import Endpoint, Refused, Transient
 from experiments.seeds import derive
+from experiments.tokenizers import prefilled
 from methods.errors import ConfigError
 
 
@@ -162,6 +163,8 @@ class OpenAIEngine(BaseEngine):
             if request.prompt_ids is not None:
                 raise _mismatch("Token ids cannot be sent to a chat endpoint", "chat", "completions")
             body["messages"] = request.messages or [{"role": "user", "content": request.prompt}]
+            if prefilled(body["messages"]):  # as vLLM and SGLang know it; others refuse it
+                body |= {"add_generation_prompt": False, "continue_final_message": True}
             return body | ({"logprobs": True} if self.logprobs else {})
         if request.messages is not None:
             raise _mismatch("Chat messages cannot be sent to a completions endpoint", "completions", "chat")

@@ -39,7 +39,7 @@ class _Setting:
 
 
 class TransformersEngine(BaseEngine):
-    """Sample from a model in this process: in batches, sorted by prompt length, left-padded.
+    """Sample from a model in this process: in batches, sorted by prompt length, left-padded, each prompt read once.
 
     Each completion draws from a stream of its own that depends on `Request.seed` and its number only. So it does not
     depend on what else is in the batch (up to rounding in the forward pass), torch's global generators are never
@@ -149,13 +149,15 @@ class TransformersEngine(BaseEngine):
             temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,
             eos_token_id=sorted(eos) or None, pad_token_id=pad, return_dict_in_generate=False,
         )  # fmt: skip
+        ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
         with _inference(self.model, device):
             out_BT = self.model.generate(
-                input_ids=ids_BT.to(device),
-                attention_mask=mask_BT.to(device),
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([stopper] if setting.stop else []),
+                past_key_values=self._shared_prefill(jobs, ids_BT, mask_BT, config),
             )
         rows = out_BT[:, width:].tolist()
         logps = sampler.logps() if self.logprobs else [None] * len(rows)
@@ -163,6 +165,24 @@ class TransformersEngine(BaseEngine):
             self._result(job, row, stopper.end_B[index], eos, setting, logps[index])
             for index, (job, row) in enumerate(zip(jobs, rows, strict=True))
         ]
+
+    def _shared_prefill(self, jobs: list[_Job], ids_BT: torch.Tensor, mask_BT: torch.Tensor, config: Any) -> Any:
+        """The cache of all but the last prompt token, read once per distinct prompt; None where none repeats."""
+        places: dict[tuple[int, ...], int] = {}
+        owner = [places.setdefault(tuple(job.ids), len(places)) for job in jobs]
+        width = ids_BT.shape[1]
+        if len(places) == len(jobs) or width == 1:
+            return None
+        first = torch.tensor([owner.index(place) for place in range(len(places))], device=ids_BT.device)
+        once = GenerationConfig(**(config.to_diff_dict() | {"max_new_tokens": 1, "return_dict_in_generate": True}))
+        cache = self.model.generate(
+            input_ids=ids_BT[first], attention_mask=mask_BT[first], generation_config=once
+        ).past_key_values
+        if not cache.is_croppable or any(cache.is_sliding):
+            return None  # such layers cannot give the last token back
+        cache.crop(-1)  # the last token gives the scores of the first new one
+        cache.batch_select_indices(torch.tensor(owner, device=ids_BT.device))
+        return cache
 
     def _result(
         self, job: _Job, row: list[int], stop_end: int | None, eos: set[int], setting: _Setting, logps: list | None

@@ -66,10 +66,17 @@ class VllmEngine(BaseEngine):
         return {"engine": self.name, "version": self._vllm.__version__, "model": self.model, "chat": self.chat,
                 "logprobs": self.logprobs, "options": kept}  # fmt: skip
 
-    def _stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Result]]]:
+    @property
+    def tokenizer(self) -> Any:
+        return self._live().get_tokenizer()
+
+    def _live(self) -> Any:
         if self._llm is None:
             self._llm = self._vllm.LLM(self.model, **self.options)
-        tokenizer, context = self._llm.get_tokenizer(), self._llm.model_config.max_model_len
+        return self._llm
+
+    def _stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Result]]]:
+        tokenizer, context = self.tokenizer, self._live().model_config.max_model_len
         ready: list[tuple[int, list[int], Request]] = []
         for index, request in enumerate(requests):
             ids = encode(tokenizer, request, self.chat)

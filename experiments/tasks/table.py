@@ -52,9 +52,10 @@ class TableTask(Task):
     the questions go to eval by a hash of their text (a repeated question never lands on both sides).
     Rows with choices are rendered with letters and scored by letter, whatever `scorer` says. `wrong_columns`
     (GPQA) are wrong options to be mixed with the answer in a fixed order. `suffix` null means the usual one for the
-    scorer. Further columns are in `Row.meta`, the options as shown under `lettered`. Demonstrations are read for train
-    rows only: a text, chat messages of which the first one counts, or a list of texts (`Row.meta["demos"]`); an empty
-    cell is none.
+    scorer. `prefill` begins the assistant's answer (`<think>\n`): the prompt becomes a chat that ends in these words,
+    which a chat model continues and a plain one reads behind the prompt. Further columns are in `Row.meta`, the
+    options as shown under `lettered`. Demonstrations are read for train rows only: a text, chat messages of which the
+    first one counts, or a list of texts (`Row.meta["demos"]`); an empty cell is none.
     """
 
     path: str = ""
@@ -73,6 +74,7 @@ class TableTask(Task):
     demo_column: str | None = None
     scorer: str = "math_verify"
     suffix: str | None = None
+    prefill: str = ""
 
     def __post_init__(self) -> None:
         self.config_key = "task"  # a suite member puts its own key here, for error texts
@@ -242,8 +244,9 @@ class TableTask(Task):
         suffix = SUFFIX["choice" if options else self.scorer] if self.suffix is None else self.suffix
         lettered = "\n".join(f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, options, strict=False))
         extra = "".join(f"\n\n{part}" for part in (lettered, suffix) if part)
+        begun = [{"role": "assistant", "content": self.prefill}] if self.prefill else []
         if isinstance(prompt, str):
-            return prompt + extra
+            return [{"role": "user", "content": prompt + extra}, *begun] if begun else prompt + extra
         good = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
         if not good:
             raise DataError(
@@ -252,7 +255,7 @@ class TableTask(Task):
                 got=repr(prompt)[:100],
                 expected='text, or a list such as [{"role": "user", "content": "..."}]',
             )
-        return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + extra}]
+        return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + extra}, *begun]
 
 
 def read_choices(value: Any) -> tuple[list[str], list[str]]:

@@ -63,6 +63,11 @@ def test_imports_only_the_hook_contract(name):
             assert imported in allowed or imported.split(".")[0] in pure or own, imported
 
 
+def objective_of(made: Method):
+    """The first objective that the method runs on; None for any."""
+    return instantiate(config("objective", made.objectives[0])) if made.objectives else None
+
+
 def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
@@ -77,13 +82,13 @@ def test_two_steps_state_and_evaluation(name, make_trainer, tmp_path):
     from experiments import checkpoints
     from experiments.measure import of_trainer
 
-    trainer = make_trainer([method(name)])
+    trainer = make_trainer([method(name)], objective_of(method(name)))
     trainer.train()
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     assert len(losses) == 2 and all(map(torch.isfinite, map(torch.tensor, losses)))
     state = trainer.state_dict()
     checkpoints.write_state(tmp_path, state)
-    fresh = make_trainer([method(name)])
+    fresh = make_trainer([method(name)], objective_of(method(name)))
     fresh.load_state_dict(checkpoints.read_state(tmp_path))
     assert same(fresh.state_dict(), json_like(state))
     before = copy.deepcopy(trainer.state_dict())

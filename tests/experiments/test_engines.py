@@ -457,6 +457,28 @@ def test_sampled_text_does_not_depend_on_the_batch(tiny):
     assert wide == narrow
 
 
+def test_a_prompt_is_read_once_for_all_its_samples(tiny, monkeypatch):
+    import torch
+
+    from experiments.engines.transformers import TransformersEngine
+
+    model, tokenizer = tiny
+    widths = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    asks = [Request(prompt=p, n=5, max_tokens=4, seed=k) for k, p in enumerate(("abcd", "ab", "abcd", "fedc=a"))]
+    shared = TransformersEngine(model, tokenizer, logprobs=True)
+    answers = shared.generate(asks)
+    hook.remove()
+    assert widths[0] == (3, 6) and set(widths[1:]) == {(20, 1)}  # three different prompts, then token by token
+    monkeypatch.setattr(shared, "_shared_prefill", lambda *_: None)
+    for one, other in zip(answers, shared.generate(asks), strict=True):
+        assert [r.ids for r in one] == [r.ids for r in other]
+        assert all(torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-5)
+                   for a, b in zip(one, other, strict=True))  # fmt: skip
+
+
 def test_the_end_token_is_kept_in_ids_but_not_in_text(tiny, monkeypatch):
     from experiments.engines.transformers import TransformersEngine
 

@@ -30,12 +30,18 @@ WORDS = [
     "eval.samples=2",
     "eval.kl_probe=4",
 ]
-STACKS = {"empty": "method=[]", "ha_dw": "method=[ha_dw]", "ppo": "objective=ppo", "srft": "method=[srft]"}
+STACKS = {
+    "empty": "method=[]",
+    "ha_dw": "method=[ha_dw]",
+    "ppo": "objective=ppo",
+    "srft": "method=[srft]",
+    "vsrm": "method=[vsrm_chain,overthinking_chain] objective=reinforce_pp task=chain",
+}
 
 
 def command(folder, stack):
     assay = Path(sys.executable).with_name("assay")
-    return [str(assay), "train", *WORDS, STACKS[stack], f"results_dir={folder}"]
+    return [str(assay), "train", *WORDS, *STACKS[stack].split(), f"results_dir={folder}"]
 
 
 def start(folder, stack, cache):
