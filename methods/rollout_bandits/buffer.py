@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from methods.base import Batch, Segment, Trajectory
 from methods.rollout_bandits.features import COLUMN
@@ -82,22 +83,31 @@ class Buffer:
 
     def take(self, chosen_K: Tensor, device: torch.device | str = "cpu") -> Batch:
         """The named candidates (ascending) as one batch on `device`. ValueError for an empty choice."""
-        batches = [_batch(r, inside, device) for _, r, inside in self._parts(chosen_K)]
-        if not batches:
+        if len(chosen_K) == 0:
             raise ValueError("nothing was chosen from the buffer")
-        whole = batches[0]
-        for other in batches[1:]:
-            whole = whole.concat(other)
-        return whole.trim()
+        pieces, shown, start = [], [], 0
+        for _, r, inside in self._parts(chosen_K):
+            rows = torch.isin(r.tensors["traj_S"], inside.int())
+            piece = {k: v[rows] for k, v in r.tensors.items()}
+            piece["traj_S"] = start + torch.searchsorted(inside, piece["traj_S"].long())
+            piece["group_S"] = piece["group_S"].long() + r.born * GROUPS_PER_ROUND
+            pieces.append(piece)
+            shown += [r.shown[i] for i in inside.tolist()]
+            start += len(inside)
+        named = {k: _widen(k, _cat(k, [piece[k] for piece in pieces])) for k in pieces[0]}
+        named["turn_ST"] = torch.full(named["completion_ids_ST"].shape, -1)
+        trajs = _trajectories(shown, named)
+        fields = {k: v.to(device) for k, v in named.items() if not k.startswith("extra/")}
+        extras = {k.removeprefix("extra/"): v.to(device) for k, v in named.items() if k.startswith("extra/")}
+        return Batch(trajs=trajs, extras=extras, **fields).trim()  # type: ignore[arg-type]
 
     def _parts(self, chosen_K: Tensor):
         """(which of chosen_K, round, positions inside it) for every round that was chosen from."""
-        start = 0
-        for r in self.rounds:
-            part = (chosen_K >= start) & (chosen_K < start + len(r.facts_NF))
-            if bool(part.any()):
-                yield part, r, chosen_K[part] - start
-            start += len(r.facts_NF)
+        ends = torch.tensor([len(r.facts_NF) for r in self.rounds]).cumsum(0)
+        owner_K = torch.searchsorted(ends, chosen_K, right=True)
+        for i in owner_K.unique().tolist():
+            part = owner_K == i
+            yield part, self.rounds[i], chosen_K[part] - (ends[i] - len(self.rounds[i].facts_NF))
 
     # ---- state ----
     def state_dict(self) -> dict[str, Any]:
@@ -113,34 +123,29 @@ class Buffer:
 
 
 def _narrow(name: str, x: Tensor) -> Tensor:
-    """Ids as int32, masks as bool, on the CPU: a quarter of the bytes of a batch in training."""
-    if "_mask_" in name:
-        return x.bool().cpu()
-    return (x.int() if x.dtype == torch.long else x.detach()).cpu()
+    """A copy on the CPU, ids as int32 and masks as bool: a third of the bytes of a batch in training."""
+    kind = torch.bool if "_mask_" in name else torch.int32 if x.dtype == torch.long else x.dtype
+    return x.detach().to("cpu", kind, copy=True)
 
 
 def _widen(name: str, x: Tensor) -> Tensor:
     return x.long() if x.dtype == torch.int32 or "_mask_" in name else x
 
 
-def _batch(r: Round, inside_K: Tensor, device: torch.device | str) -> Batch:
-    """A batch of the rollouts `inside_K` (ascending) of one round."""
-    rows = torch.isin(r.tensors["traj_S"], inside_K.int()).nonzero().squeeze(1)
-    named = {k: _widen(k, v[rows]) for k, v in r.tensors.items()}
-    named["traj_S"] = torch.searchsorted(inside_K, named["traj_S"])
-    named["group_S"] = named["group_S"] + r.born * GROUPS_PER_ROUND
-    named["turn_ST"] = torch.full(named["completion_ids_ST"].shape, -1)
-    trajs = _trajectories(r, inside_K, named)
-    fields = {k: v.to(device) for k, v in named.items() if not k.startswith("extra/")}
-    extras = {k.removeprefix("extra/"): v.to(device) for k, v in named.items() if k.startswith("extra/")}
-    return Batch(trajs=trajs, extras=extras, **fields)  # type: ignore[arg-type]
+def _cat(name: str, parts: list[Tensor]) -> Tensor:
+    """Rows of all parts, padded to the widest: prompts on the left, everything else on the right."""
+    width = max(x.shape[-1] for x in parts)
+    if parts[0].dim() > 1:
+        gaps = [width - x.shape[1] for x in parts]
+        left = name.endswith("_SP")
+        parts = [F.pad(x, (g, 0) if left else (0, g)) if g else x for x, g in zip(parts, gaps, strict=True)]
+    return torch.cat(parts)
 
 
-def _trajectories(r: Round, inside_K: Tensor, named: dict[str, Tensor]) -> list[Trajectory]:
+def _trajectories(shown: list[list[Any]], named: dict[str, Tensor]) -> list[Trajectory]:
     """The rollouts themselves, for what reads ids rather than tensors: a forward pass, the sample browser."""
     out = []
-    for i in inside_K.tolist():
-        row_id, tier, sample, finish, text, rewards = r.shown[i]
+    for row_id, tier, sample, finish, text, rewards in shown:
         row = StoredRow(row_id, tier)
         out.append(Trajectory(row_id, 0, sample, [], finish=finish, rewards=dict(rewards), text=text, row=row))
     columns = ("traj_S", "group_S", "prompt_ids_SP", "completion_ids_ST", "model_mask_ST")
