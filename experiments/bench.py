@@ -1,9 +1,10 @@
-"""Speed side by side, in one process and one sitting: python -m experiments.bench [steps|hooks|startup]
+"""Speed side by side, in one process and one sitting: python -m experiments.bench [steps|hooks|buffer|startup]
 
 steps    step time of this trainer with an empty and with an identity stack, against plain GRPOTrainer. The three
          trainers take turns step by step, each with its own random stream, so that a pair of steps sees the same
          machine; their losses must be identical.
 hooks    each method's hook time over step time, at 64 completion tokens and 64, 256, 1024 rows.
+buffer   rollout bandits: the hook with a full pool, and the buffer of 10,000 and 100,000 rollouts, over step time.
 startup  `assay --help` against `trl --help`, taking turns.
 
 All figures are ratios with a 95 % bootstrap interval of the median; absolute times belong to one machine.
@@ -12,6 +13,7 @@ All figures are ratios with a 95 % bootstrap interval of the median; absolute ti
 from __future__ import annotations
 
 import copy
+import json
 import os
 import statistics
 import subprocess
@@ -229,6 +231,73 @@ def hooks(sizes: tuple[int, ...] = (64, 256, 1024), tokens: int = 64, count: int
             print(f"  {name:<20} {rows:>5} rows  {middle:.3%}  [{shares[0]:.3%}, {shares[-1]:.3%}]")
 
 
+def buffer(sizes: tuple[int, ...] = (10_000, 100_000), rows: int = 64, tokens: int = 64, count: int = 12) -> None:
+    """Rollout bandits: hook share with a full pool; push, evict and score, take, and refresh, over step time."""
+    import torch
+    from hydra.utils import instantiate
+
+    from methods.rollout_bandits.rollout_bandits import Buffer, Scale, best, context
+    from methods.rollout_bandits.scheduler import POOL, Scheduler
+
+    torch.set_num_threads(1)
+    words = [f"trainer.prompts_per_step={rows // 8}", f"trainer.max_completion_tokens={tokens}"]
+    words += [f"trainer.max_steps={count + WARM_UP}", "trainer.save_every=0", "eval.every=0", "model.warm_start=null"]
+    cfg = configuration("method=[rollout_bandits]", *words)
+    task = instantiate(cfg.task)
+    method = instantiate(cfg.method.rollout_bandits)
+    scheduler = method.scheduler = Scheduler(len(method.features), warmup=0)
+    kept = torch.rand(rows // 2, len(method.features))
+    for k in range(POOL):
+        scheduler.learn(kept, kept.mean(0) - 0.5, float(k % 3))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = our_trainer(cfg, instantiate(cfg.model).load(task, 0), task, [method], Path(folder))
+        baton = Baton(["only"])
+        turns(trainer, "only", baton, 0)
+        trainer.train()
+    steps_s = baton.seconds["only"][WARM_UP:]
+    hook = [h["time/hook/rollout_bandits"] for h in trainer.state.log_history if "loss" in h][WARM_UP:]
+    step = statistics.median(steps_s)
+    print(f"rollout bandits at {rows} rows x {tokens} tokens, step {step * 1e3:.0f} ms; medians of {count}")
+    print(f"  hook with a full pool / step         {statistics.median(hook) / step:.3%}")
+
+    ctx = trainer.last_ctx
+    assert ctx is not None and ctx.batch is not None
+    batch, facts, scale = ctx.batch, torch.rand(rows, 10), Scale(tokens, 64, sizes[0] // rows)
+    batch.old_logps_ST = torch.zeros_like(batch.adv_ST)
+
+    def median(action) -> float:
+        spent = []
+        for _ in range(count):
+            start = time.perf_counter()
+            action()
+            spent.append(time.perf_counter() - start)
+        return statistics.median(spent)
+
+    for size in sizes:
+        now, store = iter(range(10**9)), Buffer(size // rows)
+        for _ in range(size // rows):
+            store.push(batch, facts, next(now))
+        megabytes = (
+            sum(in_bytes(r.tensors) + r.facts_NF.nbytes + len(json.dumps(r.shown)) for r in store.rounds) / 2**20
+        )
+
+        def choose(store=store, now=now):
+            t = next(now)
+            store.push(batch, facts, t)
+            return best(scheduler.scores(context(store.facts(t), scale)), rows)
+
+        ratio, taken = median(choose) / step, choose()
+        print(f"  {size:>7} buffered ({megabytes:.0f} MB): push, evict, score / step {ratio:.3%},", end=" ")
+        print(f"take {rows} / step {median(lambda store=store, taken=taken: store.take(taken)) / step:.3%}")
+    some = store.take(torch.arange(method.refresh_max)).trajs
+    print(f"  refresh of {len(some)} / step             ", end="")
+    print(f"{median(lambda: ctx.forward(some, ('logps', 'entropies'))) / step:.3%}")
+
+
+def in_bytes(tensors: dict[str, Any]) -> int:
+    return sum(x.nbytes for x in tensors.values())
+
+
 def startup(pairs: int = 15) -> None:
     """`assay --help` against `trl --help`."""
     commands = {name: [str(Path(sys.executable).with_name(name)), "--help"] for name in ("assay", "trl")}
@@ -244,7 +313,7 @@ def startup(pairs: int = 15) -> None:
 
 
 def main(words: list[str]) -> None:
-    parts = {"steps": steps, "hooks": hooks, "startup": startup}
+    parts = {"steps": steps, "hooks": hooks, "buffer": buffer, "startup": startup}
     for name in words or parts:
         if name not in parts:
             sys.exit(f"unknown part '{name}'; choose from {', '.join(parts)}")

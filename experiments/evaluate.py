@@ -76,6 +76,9 @@ def check(cfg: DictConfig) -> None:
 def _measure(cfg: DictConfig, writer: Any, to_request: Any, metrics: Any) -> tuple[dict[str, float], dict[str, float]]:
     import pandas as pd
 
+    study = instantiate(cfg.study) if cfg.get("study") else None
+    if hasattr(study, "simulate"):
+        return _simulated(cfg, writer, study)
     tasks = _tasks(cfg)
     rows = {name: task.rows(cfg.eval.split, cfg.eval.seed)[: cfg.eval["items"]] for name, task in tasks.items()}
     began = time.monotonic()
@@ -100,6 +103,15 @@ def _measure(cfg: DictConfig, writer: Any, to_request: Any, metrics: Any) -> tup
     if len(tasks) > 1:
         values["suite/score"] = sum(values[f"{name}/score"] for name in tasks) / len(tasks)
     return values, {**cost, "seconds": time.monotonic() - began}
+
+
+def _simulated(cfg: DictConfig, writer: Any, study: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """A study that needs no model: it gives its frame for a seed, and no engine is built."""
+    began = time.monotonic()
+    frame = study.simulate(int(cfg.seed)).assign(finish="stop", split=cfg.eval.split)
+    writer.eval(frame, step=0)
+    values = {f"{cfg.eval.split}/{key}": value for key, value in summarise(frame).items()}
+    return values, {"seconds": time.monotonic() - began}
 
 
 def _answers(cfg: DictConfig, engine: Any, name: str, task: Task, rows: list[Row], to_request: Any, metrics: Any):

@@ -1,0 +1,1 @@
+"""Contextual rollout bandits: the context features, the online scheduler, the buffer, and the method itself."""
