@@ -17,7 +17,7 @@ from methods.token_shift import THRESHOLDS
 MOST = 6  # checkpoints in one figure of token shifts; of more, evenly spread ones and the last
 RESPONSES, WIDTH = 18, 40  # of the heat map
 BINS = 8  # groups of equally many tokens by base entropy
-LETTERS = 600  # cells up to which the heat map spells the tokens
+LETTERS = 900  # cells up to which the heat map spells the tokens
 
 CAPTIONS = {
     "shift": "How far tokens moved: share of tokens by |Δp| (log scale; dotted: the thresholds of the table), and mean "
