@@ -34,18 +34,19 @@ def write(runs: Sequence[Run], path: Path, title: str, limit: int = LIMIT) -> Pa
     several = len({run.run.get("experiment") for run, _ in loaded}) > 1
     entries, kept, total = [], 0, 0
     for run, rows in loaded:
-        packed = _fit([_embed(_compact(row)) for row in rows], share)
+        packed = _fit([embed(_compact(row)) for row in rows], share)
         parts = [run.run.get("experiment")] if several else []
         name = " / ".join(str(part) for part in (*parts, run.run.get("arm"), f"seed {run.run.get('seed')}"))
-        entries.append(f'{{"name":{_embed(name)},"scale":{_scale(rows)!r},"samples":[{",".join(packed)}]}}')
+        entries.append(f'{{"name":{embed(name)},"scale":{_scale(rows)!r},"samples":[{",".join(packed)}]}}')
         kept, total = kept + len(packed), total + len(rows)
     note = f"{kept} of {total} recorded samples." if kept else "These runs recorded no samples."
-    replace(path, _page(f"Samples of {title}", note, "[" + ",\n".join(entries) + "]").encode())
+    replace(path, page(_HERE / "browser", f"Samples of {title}", note, "[" + ",\n".join(entries) + "]").encode())
     return path
 
 
-def _page(title: str, note: str, data: str) -> str:
-    style, script = ((_HERE / f"browser.{kind}").read_text() for kind in ("css", "js"))
+def page(template: Path, title: str, note: str, data: str) -> str:
+    """`template`.html filled in with `template`.js, the common style and `data`, a JSON text made by `embed`."""
+    style, script = (_HERE / "browser.css").read_text(), template.with_suffix(".js").read_text()
     parts = {
         "SCRIPT_HASH": _digest(script),
         "STYLE_HASH": _digest(style),
@@ -56,7 +57,7 @@ def _page(title: str, note: str, data: str) -> str:
         "DATA": data,
     }
     # One pass from left to right: a sample that contains %SCRIPT% must not be filled in.
-    pieces = (_HERE / "browser.html").read_text().split("%")
+    pieces = template.with_suffix(".html").read_text().split("%")
     return "".join(parts.get(piece, piece) if i % 2 else piece for i, piece in enumerate(pieces))
 
 
@@ -64,7 +65,7 @@ def _digest(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _embed(value: Any) -> str:
+def embed(value: Any) -> str:
     """JSON that can stand inside a script element: no character can end it or open a comment."""
     text = json.dumps(clean(value), separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -56,19 +56,21 @@ def draw(study: Study, folder: Path) -> dict[str, str]:
             ("Paired differences", "differences", _forest(study)),
         ):
             if figure is not None:
-                _save(figure, folder / name)
+                save(figure, folder / name)
                 made[title] = f"figures/{name}.png"
     return made
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write `path`.png and `path`.svg, the same bytes for the same figure."""
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix[1:], dpi=160, metadata=metadata, facecolor="white")
         replace(path.with_suffix(suffix), buffer.getvalue())
 
 
-def _figure(width: float, height: float, rows: int, columns: int, **shared: Any):
+def new_figure(width: float, height: float, rows: int, columns: int, **shared: Any):
+    """A figure without a window and its (rows, columns) array of axes; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -98,7 +100,7 @@ def _learning(study: Study):
         return None
     if len(study.arms) > MOST_LINES:
         return _one_panel_per_arm(study, panels[0][1])
-    figure, axes = _figure(2.75 * len(panels) + 1.7, 3.3, 1, len(panels), sharey=True, sharex=True)
+    figure, axes = new_figure(2.75 * len(panels) + 1.7, 3.3, 1, len(panels), sharey=True, sharex=True)
     hues = colours(study)
     for axis, (title, curves) in zip(axes[0], panels, strict=True):
         for arm in sorted(curves, key=lambda arm: arm != study.baseline):
@@ -218,7 +220,7 @@ def _one_panel_per_arm(study: Study, curves: Mapping[str, Curve]):
     arms = [arm for arm in study.others if arm in curves]
     columns = min(4, len(arms))
     rows = math.ceil(len(arms) / columns)
-    figure, axes = _figure(2.5 * columns + 0.6, 2.2 * rows + 0.5, rows, columns, sharey=True, sharex=True)
+    figure, axes = new_figure(2.5 * columns + 0.6, 2.2 * rows + 0.5, rows, columns, sharey=True, sharex=True)
     for axis in axes.flat[len(arms) :]:
         axis.remove()
     for i, (axis, arm) in enumerate(zip(axes.flat, arms, strict=False)):
@@ -246,7 +248,7 @@ def _forest(study: Study):
     if not metrics:
         return None
     arms = study.others
-    figure, axes = _figure(
+    figure, axes = new_figure(
         2.7 * len(metrics) + 0.1 * max(len(short(arm)) for arm in arms) + 0.4,
         0.42 * len(arms) + 1.35,
         1,

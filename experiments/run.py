@@ -251,7 +251,7 @@ def resume_from(writer: RunWriter, recorder, load_state) -> Path | None:
 
 
 def finish(writer: RunWriter, loaded, model, recorder, state: dict, cost: dict) -> None:
-    """Exports the model with its methods' state, writes the summary, drops the checkpoints."""
+    """Exports the model with its methods' state, writes the summary, drops the checkpoints unless several are kept."""
     from experiments.weights import export
 
     folder = export(model, loaded.tokenizer, writer.path / "model")
@@ -259,7 +259,8 @@ def finish(writer: RunWriter, loaded, model, recorder, state: dict, cost: dict) 
     last = {k: v for k, v in recorder.last_logs.items() if isinstance(v, (int, float))}
     writer.update(step=recorder.step)
     writer.finish(last, {**cost, "seconds": recorder.total_seconds, "warm_start_tokens": loaded.trained_tokens})
-    shutil.rmtree(writer.path / "checkpoints", ignore_errors=True)
+    if recorder.keep == 1:  # it served only to go on from
+        shutil.rmtree(writer.path / "checkpoints", ignore_errors=True)
 
 
 def build_trainer(cfg: DictConfig, batches: batching.BatchPlan, task, loaded, rows, reward_specs, folder: Path):

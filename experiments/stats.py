@@ -7,7 +7,7 @@ averaged first); NaN marks an item that a seed did not see. Intervals are two-si
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -133,6 +133,34 @@ def bootstrap(
         found.append((drawn + wider * due_to_seeds)[bottom > 0])
     low, high = np.quantile(np.concatenate(found), [0.5 - level / 2, 0.5 + level / 2])
     return Interval(mean, float(low), float(high), seeds, items, basis)
+
+
+def cluster_bootstrap(
+    statistic: Callable[[np.ndarray], Array],
+    clusters: Array,
+    level: float = LEVEL,
+    draws: int = 1000,
+    rng: np.random.Generator | None = None,
+) -> list[Interval]:
+    """Percentile intervals for any numbers that `statistic(weight_N)` gives, clusters resampled whole.
+
+    `clusters` (N,) says to which cluster each unit belongs (a token to its response); `weight_N` is how often a draw
+    holds the unit, all ones for the estimate. Draws in which a number is NaN do not count for it. With one cluster
+    there is no interval.
+    """
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    found = np.asarray(statistic(np.ones(len(index))), float)
+    count = int(index.max()) + 1 if len(index) else 0
+    if count < 2:
+        return [Interval(float(x), math.nan, math.nan, items=count) for x in found]
+    drawn = np.stack([np.asarray(statistic(c[index]), float) for c in _counts(_generator(rng), draws, count)])
+    tails = [0.5 - level / 2, 0.5 + level / 2]
+    known = [column[~np.isnan(column)] for column in drawn.T]
+    ends = [np.quantile(column, tails) if len(column) else (math.nan, math.nan) for column in known]
+    return [
+        Interval(float(x), float(low), float(high), items=count, basis="items")
+        for x, (low, high) in zip(found, ends, strict=True)
+    ]
 
 
 def _counts(rng: np.random.Generator, draws: int, n: int) -> np.ndarray:

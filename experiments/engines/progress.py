@@ -14,9 +14,9 @@ INTERVAL = 10.0
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: int, interval: float = INTERVAL) -> Iterator[Progress]:
-    """A function to call with the number of requests just finished. The last line always comes."""
-    with _bar(title, total) if sys.stderr.isatty() else _lines(title, total, interval) as advance:
+def progress_bar(title: str, total: int, interval: float = INTERVAL, unit: str = "requests") -> Iterator[Progress]:
+    """A function to call with the number of requests (or other units) just finished. The last line always comes."""
+    with _bar(title, total) if sys.stderr.isatty() else _lines(title, total, interval, unit) as advance:
         yield advance
 
 
@@ -39,7 +39,7 @@ def _bar(title: str, total: int) -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
-def _lines(title: str, total: int, interval: float) -> Iterator[Progress]:
+def _lines(title: str, total: int, interval: float, unit: str) -> Iterator[Progress]:
     began = spoke = time.monotonic()
     done = 0
 
@@ -47,7 +47,7 @@ def _lines(title: str, total: int, interval: float) -> Iterator[Progress]:
         passed = time.monotonic() - began
         rate = done / passed if passed > 0 else 0.0
         left = f", about {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        line = f"{title}: {done}/{total} requests, {_speed(rate)}, {passed:.0f} s passed{left}"
+        line = f"{title}: {done}/{total} {unit}, {_speed(rate)}, {passed:.0f} s passed{left}"
         print(line, file=sys.stderr, flush=True)
 
     def advance(count: int) -> None:

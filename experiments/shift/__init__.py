@@ -1,0 +1,1 @@
+"""Token shift and learning dynamics between checkpoints: `assay report --shift`."""
