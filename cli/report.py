@@ -11,6 +11,7 @@ import typer
 
 from cli.words import ConfigDir
 
+ITEMS = 64
 # `task.demo_noise=0` is an override; an arm's folder may have such a name too, but then it lies there.
 _OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")
 
@@ -32,7 +33,7 @@ def report(
     texts: Annotated[
         str, typer.Option(help="With --shift: demos, greedy, samples, or a JSONL file with prompt and completion.")
     ] = "auto",
-    items: Annotated[int, typer.Option(help="With --shift: how many responses.")] = 64,
+    items: Annotated[int, typer.Option(help="With --shift: how many responses.")] = ITEMS,
     reference: Annotated[
         list[str] | None,
         typer.Option(help="With --shift: checkpoint whose samples are a reference set; default: the last; repeatable."),
@@ -64,6 +65,9 @@ def report(
     """
     from cli.compose import conf_dirs
 
+    _refuse_mixed(
+        shift, table=[baseline, metric, power, browse], shifts=[texts != "auto", items != ITEMS, reference, seed]
+    )
     if shift:
         from experiments.shift import report as shifts
 
@@ -93,6 +97,17 @@ def report(
         metrics=metric or (),
     )
     typer.echo(str(path))
+
+
+def _refuse_mixed(shift: bool, table: Sequence[Any], shifts: Sequence[Any]) -> None:
+    from methods.errors import ConfigError
+
+    where = "assay report"
+    if shift and any(table):
+        fix = "leave them out, or --shift"
+        raise ConfigError("--baseline, --metric, --power and --browse do not go with --shift", where=where, fix=fix)
+    if not shift and any(shifts):
+        raise ConfigError("--texts, --items, --reference and --seed go with --shift", where=where, fix="add --shift")
 
 
 def _is_override(word: str, results_dir: str) -> bool:

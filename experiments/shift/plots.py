@@ -17,7 +17,7 @@ from methods.token_shift import THRESHOLDS
 MOST = 6  # checkpoints in one figure of token shifts; of more, evenly spread ones and the last
 RESPONSES, WIDTH = 18, 40  # of the heat map
 BINS = 8  # groups of equally many tokens by base entropy
-LETTERS = 600  # cells up to which the heat map spells the tokens
+LETTERS = 900  # cells up to which the heat map spells the tokens
 
 CAPTIONS = {
     "shift": "How far tokens moved: share of tokens by |Δp| (log scale; dotted: the thresholds of the table), and mean "
@@ -97,13 +97,13 @@ def _heat(result: Comparison) -> Any:
     pieces = [row[:WIDTH] for row in result.pieces[:RESPONSES]]
     width = max(map(len, pieces))
     colours = LinearSegmentedColormap.from_list("shift", [COLOURS[1], "#FFFFFF", COLOURS[0]])
-    colours.set_bad("#F0F0F0")
     cell = min(0.3, 9.5 / (width * len(shown)))
     figure, axes = new_figure(
         cell * width * len(shown) + 1.6 + 0.25 * len(shown), 0.26 * len(pieces) + 1.0, 1, len(shown), sharey=True
     )
     letters = len(pieces) * width * len(shown) <= LETTERS and max(len(p.strip()) for row in pieces for p in row) <= 6
     for axis, i in zip(axes[0], shown, strict=True):
+        axis.set_facecolor("#F0F0F0")  # beyond the end of a response
         grid = _grid(result.tokens[i], len(pieces), width)
         image = axis.imshow(grid, cmap=colours, vmin=-result.scale, vmax=result.scale, aspect="auto")
         if letters:

@@ -15,7 +15,6 @@ from experiments.shift.checkpoints import find
 from experiments.shift.compare import Comparison, compare
 from methods.errors import ConfigError
 
-ITEMS = 64
 Amend = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -24,7 +23,7 @@ def build(
     root: str | Path = "results",
     *,
     texts: str = "auto",
-    items: int = ITEMS,
+    items: int = 64,
     references: Sequence[str] = (),
     seed: int = 0,
     out: str | Path | None = None,

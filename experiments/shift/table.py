@@ -9,6 +9,7 @@ from experiments import stats
 from experiments.shift.compare import Comparison, Numbers
 from experiments.table import UNKNOWN, grid, number
 
+MOST = 6  # new checkpoints among which differences are shown
 TITLES = {
     "mean": "mean abs Δp",
     "rose": "rose",
@@ -51,11 +52,8 @@ def _head(result: Comparison) -> str:
 
 
 def _weights(result: Comparison) -> str:
-    rows = [
-        [one.name, str(one.weights or "the model that the run started from"), str(one.run or UNKNOWN)]
-        for one in result.found
-    ]
-    return grid(["checkpoint", "weights", "run"], rows)
+    rows = [[one.name, str(one.weights or f"what {one.run} started from")] for one in result.found]
+    return grid(["checkpoint", "weights"], rows)
 
 
 def cell(interval: stats.Interval, sign: bool = False) -> str:
@@ -84,7 +82,7 @@ def _shift(result: Comparison) -> str:
 
 
 def _difference(result: Comparison) -> str:
-    if not result.difference:
+    if not 0 < len(result.difference) < MOST:
         return ""
     names = [one.name for one in result.new[1:]]
     table = _shift_grid(names, result.difference, sign=True)
@@ -114,8 +112,8 @@ def _trajectories(result: Comparison) -> str:
         rows.append([" → ".join(map(str, chain)), *shown, ", ".join(turning) or UNKNOWN])
     table = grid(["path", "net", "length", "straightness = net / length", "turning cosines"], rows)
     note = (
-        "A path runs from the base through checkpoints that go on from each other, by the records of their runs; where "
-        "there is no record, in the order given."
+        "A path runs from the base through checkpoints that go on from each other by the records of their runs; plain "
+        "folders of weights, which have no record, follow each other in the order given."
     )
     return f"{table}\n\n{note}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,18 +113,22 @@ def _demonstrations(task: Any, held_out: list, found: Sequence[Checkpoint], seed
     for one in found:
         for config in ancestry(one):
             seen |= _trained_on(config)
-    fresh = [row for row in task.rows("train", derive(seed, "shift")) if row.demo is not None]
-    rows = [(row.id, row) for row in fresh if _key(row.prompt) not in seen]
+    fresh = {_key(row.prompt): row for row in task.rows("train", derive(seed, "shift")) if row.demo is not None}
+    rows = [(row.id, row) for prompt, row in fresh.items() if prompt not in seen]
     return rows, f"demonstrations of task {task.name} for prompts that none of these runs was trained on"
 
 
 def _trained_on(config: Mapping[str, Any]) -> set[str]:
+    """The prompts that a run and its warm start may have met."""
     from experiments.engines.build import instantiate
 
     task, model = instantiate(config["task"]), config.get("model") or {}
+    rows = task.rows("train", config.get("seed", 0))
     warm = None if model.get("init") else model.get("warm_start")
-    seeds = {config.get("seed", 0)} | ({warm.get("seed")} if warm else set())
-    return {_key(row.prompt) for seed in seeds if seed is not None for row in task.rows("train", seed)}
+    if warm:
+        warm_rows = getattr(task, "warm_rows", None) or partial(task.rows, "train")
+        rows = [*rows, *warm_rows(config.get("seed", 0) if warm.get("seed") is None else warm["seed"])]
+    return {_key(row.prompt) for row in rows}
 
 
 def _key(prompt: Any) -> str:
