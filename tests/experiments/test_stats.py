@@ -246,3 +246,32 @@ def test_no_torch_is_imported():
     code = f"import {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# ---------------------------------------------------------------- any statistic over clusters
+
+
+def test_the_cluster_bootstrap_draws_whole_clusters():
+    values, clusters = np.array([0.0, 0.0, 0.0, 1.0, 1.0]), np.array(["a", "a", "a", "b", "b"])
+    seen = set()
+
+    def statistic(weight_N):
+        seen.add(tuple(weight_N))
+        return [weight_N @ values / weight_N.sum(), math.nan]
+
+    mean, unknown = stats.cluster_bootstrap(statistic, clusters, draws=200)
+    assert mean.mean == 0.4 and (mean.low, mean.high, mean.basis) == (0.0, 1.0, "items")
+    assert seen == {(1, 1, 1, 1, 1), (2, 2, 2, 0, 0), (0, 0, 0, 2, 2)}
+    assert math.isnan(unknown.low) and math.isnan(unknown.high)
+
+
+def test_the_cluster_bootstrap_of_a_mean_is_the_bootstrap_of_items():
+    values = np.random.default_rng(0).normal(size=40)
+    (found,) = stats.cluster_bootstrap(lambda w: [w @ values / w.sum()], np.arange(40), draws=4000)
+    plain = stats.item_interval(values, np.arange(40))
+    assert (found.mean, found.low, found.high) == pytest.approx((plain.mean, plain.low, plain.high), abs=0.02)
+
+
+def test_one_cluster_has_no_interval():
+    (found,) = stats.cluster_bootstrap(lambda w: [w.sum()], np.zeros(3))
+    assert found.mean == 3 and math.isnan(found.low)
