@@ -77,6 +77,7 @@ def compare(
     `references`, on the prompts of the texts. Other arguments as in `texts.choose`.
     """
     base = found[0].load()
+    measure.same_tokens(base, found[0].name, [one for one in (*found[1:], *references) if one.weights])
     texts = choose(how, base, found, config, items, seed)
     prompts = [(row.id, row.prompt) for row in texts.rows]
     longest = max(len(row.positions) for row in texts.rows)

@@ -20,6 +20,7 @@ from experiments.shift.checkpoints import Checkpoint, find, paths, predecessors
 from experiments.shift.compare import compare
 from experiments.shift.report import build
 from experiments.shift.texts import Text, choose
+from experiments.tokenizers import tiny_tokenizer
 from experiments.weights import export
 from methods.errors import ConfigError, DataError
 
@@ -225,6 +226,13 @@ def test_different_vocabularies_are_refused(random_model):
     )
     with pytest.raises(ConfigError, match="different vocabularies"):
         measure.same_vocabulary(random_model, wider, ("base", "new"))
+
+
+def test_different_vocabularies_are_refused_before_anything_is_sampled(random_model, results, tmp_path, capsys):
+    other = export(random_model.model, tiny_tokenizer(("a", "b")), tmp_path / "other")
+    with pytest.raises(ConfigError, match="different vocabularies"):
+        build(["exp/sft", str(other)], results, out=tmp_path)
+    assert "responses" not in capsys.readouterr().err and not (tmp_path / "shift").exists()
 
 
 def test_the_tax_of_two_stages_and_none_for_siblings(results):
