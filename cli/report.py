@@ -63,40 +63,39 @@ def report(
       assay report --shift start my/sft my/sft_then_rl task.demo_noise=0
       assay report --shift base_model/ tuned_model/ --texts solutions.jsonl
     """
-    from cli.compose import conf_dirs
-
     _refuse_mixed(
         shift, table=[baseline, metric, power, browse], shifts=[texts != "auto", items != ITEMS, reference, seed]
     )
     if shift:
-        from experiments.shift import report as shifts
+        how = {"texts": texts, "items": items, "references": reference or (), "seed": seed}
+        path = _shift(targets or [], results_dir, config_dir or (), how)
+    elif browse:
+        from experiments.report import browse as browser
 
-        words = [word for word in targets or [] if _is_override(word, results_dir)]
-        path = shifts.build(
-            [word for word in targets or [] if word not in words],
-            results_dir,
-            texts=texts,
-            items=items,
-            references=reference or (),
-            seed=seed,
-            amend=lambda config: _amended(config, words, config_dir or ()),
-        )
-        typer.echo(str(path))
-        return
+        path = browser(targets or [], results_dir)
+    else:
+        path = _table(targets, results_dir, config_dir or (), baseline, metric or (), power)
+    typer.echo(str(path))
+
+
+def _table(targets, results_dir, config_dirs, baseline, metrics, power) -> Path:
+    from cli.compose import conf_dirs
     from experiments import report as tables
 
-    if browse:
-        typer.echo(str(tables.browse(targets or [], results_dir)))
-        return
-    path = tables.build(
-        targets or None,
+    dirs = conf_dirs(config_dirs)
+    return tables.build(targets or None, results_dir, dirs, baseline=baseline, power=power, metrics=metrics)
+
+
+def _shift(words: Sequence[str], results_dir: str, config_dirs: Sequence[Path], how: Mapping[str, Any]) -> Path:
+    from experiments.shift import report as shifts
+
+    overrides = [word for word in words if _is_override(word, results_dir)]
+    return shifts.build(
+        [word for word in words if word not in overrides],
         results_dir,
-        conf_dirs=conf_dirs(config_dir or ()),
-        baseline=baseline,
-        power=power,
-        metrics=metric or (),
+        amend=lambda config: _amended(config, overrides, config_dirs),
+        **how,
     )
-    typer.echo(str(path))
 
 
 def _refuse_mixed(shift: bool, table: Sequence[Any], shifts: Sequence[Any]) -> None:

@@ -68,8 +68,9 @@ class Checkpoint:
 def _origin(config: dict[str, Any], results_dir: Path) -> str:
     model = config.get("model") or {}
     if not model.get("init"):
-        own = config.get("seed") if "seed" in model and model["seed"] is None else None
-        return json.dumps([model, config.get("task"), own], sort_keys=True, default=str)
+        # A model built here depends on the task (symbols, warm start) and perhaps on the run's seed.
+        built = [config.get("task"), config.get("seed") if model["seed"] is None else None] if "seed" in model else []
+        return json.dumps([model, *built], sort_keys=True, default=str)
     try:
         return str(find_init(model["init"], int(config.get("seed", 0)), results_dir).resolve())
     except ConfigError:  # moved or deleted since; then nothing given here can be told to be it
@@ -155,14 +156,14 @@ def _name(one: Checkpoint, way: Sequence[str]) -> str:
 def predecessors(found: Sequence[Checkpoint]) -> list[int]:
     """For every checkpoint but the first the index of the one that it goes on from; entry 0 is 0.
 
-    That is an earlier point of the same run, or the one that its run is recorded to have started from; where no
-    record says so, the one named just before it.
+    That is an earlier point of the same run, or the one that its run is recorded to have started from, or the first
+    one if that is not among them. Weights without a record go on from the one named just before them.
     """
     before = [0]
     for i, one in enumerate(found[1:], start=1):
         same = [k for k in range(i) if one.run and found[k].run == one.run and found[k].weights is not None]
         began = [k for k in range(i) if one.origin and found[k].identity == one.origin]
-        before.append((same or began or [i - 1])[-1])
+        before.append((same or began or [0 if one.config else i - 1])[-1])
     return before
 
 

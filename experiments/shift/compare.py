@@ -77,6 +77,7 @@ def compare(
     `references`, on the prompts of the texts. Other arguments as in `texts.choose`.
     """
     base = found[0].load()
+    measure.same_tokens(base, found[0].name, [one for one in (*found[1:], *references) if one.weights])
     texts = choose(how, base, found, config, items, seed)
     prompts = [(row.id, row.prompt) for row in texts.rows]
     longest = max(len(row.positions) for row in texts.rows)
@@ -124,14 +125,16 @@ def _models(found: Sequence[Checkpoint], base: Any) -> Iterator[Any]:
 def _shift(tokens: Sequence[dict[str, np.ndarray]]) -> tuple[list[Numbers], list[Numbers]]:
     """Numbers of every new checkpoint, and those of the later ones minus those of the first."""
 
-    def numbers(weight_N: np.ndarray | None) -> list[dict[str, float]]:
-        return [token_shift.shift(one["dp"], one["entropy"], one["kl"], weight_N=weight_N) for one in tokens]
+    # Sorted once, so that every draw finds the sizes in order.
+    orders = [np.argsort(np.abs(one["dp"]), kind="stable") for one in tokens]
+    columns = [(one["dp"][at], one["entropy"][at], one["kl"][at]) for one, at in zip(tokens, orders, strict=True)]
 
     def statistic(weight_N: np.ndarray) -> np.ndarray:
-        values = np.array([list(one.values()) for one in numbers(weight_N)])
+        found = [token_shift.shift(*c, weight_N=weight_N[at]) for c, at in zip(columns, orders, strict=True)]
+        values = np.array([list(one.values()) for one in found])
         return np.concatenate([values, values[1:] - values[0]]).ravel()
 
-    names = list(numbers(None)[0])
+    names = list(token_shift.shift(*columns[0]))
     found = stats.cluster_bootstrap(statistic, tokens[0]["response"])
     rows = [dict(zip(names, found[i : i + len(names)], strict=True)) for i in range(0, len(found), len(names))]
     return rows[: len(tokens)], rows[len(tokens) :]

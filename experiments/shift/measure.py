@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.shift.checkpoints import WHERE
+from experiments.shift.checkpoints import WHERE, Checkpoint
 from methods.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,9 +24,26 @@ Advance = Callable[[int], None]
 def same_vocabulary(base: LoadedModel, new: LoadedModel, names: Sequence[str]) -> None:
     """ConfigError unless both models give probabilities to the same tokens under the same ids."""
     sizes = [loaded.model.config.get_text_config().vocab_size for loaded in (base, new)]
-    if sizes[0] == sizes[1] and base.tokenizer.get_vocab() == new.tokenizer.get_vocab():
-        return
-    raise ConfigError(
+    if sizes[0] != sizes[1] or base.tokenizer.get_vocab() != new.tokenizer.get_vocab():
+        raise _other_vocabulary(names, sizes)
+
+
+def same_tokens(base: LoadedModel, name: str, others: Sequence[Checkpoint]) -> None:
+    """The same check on the tokenizers of folders alone, before anything is sampled."""
+    from transformers import AutoTokenizer
+
+    own = base.tokenizer.get_vocab()
+    for one in others:
+        try:
+            found = AutoTokenizer.from_pretrained(str(one.weights), trust_remote_code=False).get_vocab()
+        except (OSError, ValueError):  # no folder, or a damaged one: loading it will say what is wrong
+            continue
+        if found != own:
+            raise _other_vocabulary((name, one.name), (len(own), len(found)))
+
+
+def _other_vocabulary(names: Sequence[str], sizes: Sequence[int]) -> ConfigError:
+    return ConfigError(
         "These checkpoints have different vocabularies, so their token probabilities cannot be compared",
         where=WHERE,
         got=f"{sizes[0]} tokens in {names[0]}, {sizes[1]} in {names[1]}",

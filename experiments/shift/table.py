@@ -112,8 +112,8 @@ def _trajectories(result: Comparison) -> str:
         rows.append([" → ".join(map(str, chain)), *shown, ", ".join(turning) or UNKNOWN])
     table = grid(["path", "net", "length", "straightness = net / length", "turning cosines"], rows)
     note = (
-        "A path runs from the base through checkpoints that go on from each other, by the records of their runs; where "
-        "there is no record, in the order given."
+        "A path runs from the base through checkpoints that go on from each other by the records of their runs; plain "
+        "folders of weights, which have no record, follow each other in the order given."
     )
     return f"{table}\n\n{note}"
 

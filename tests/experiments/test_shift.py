@@ -15,11 +15,12 @@ import torch
 
 from experiments.records import RunWriter
 from experiments.seeds import derive
-from experiments.shift import measure, page
+from experiments.shift import measure, page, table
 from experiments.shift.checkpoints import Checkpoint, find, paths, predecessors
 from experiments.shift.compare import compare
 from experiments.shift.report import build
 from experiments.shift.texts import Text, choose
+from experiments.tokenizers import tiny_tokenizer
 from experiments.weights import export
 from methods.errors import ConfigError, DataError
 
@@ -112,6 +113,8 @@ def test_paths_follow_the_records(results):
 def test_without_records_the_order_given_is_the_path(results, tmp_path):
     plain = [Checkpoint(str(i), tmp_path / str(i), None, {}, tmp_path) for i in range(3)]
     assert paths(plain) == [[0, 1, 2]]
+    elsewhere = find([str(results / "base"), "exp/sft", "exp/kept"], 0, results)  # kept began neither at base nor sft
+    assert paths(elsewhere) == [[0, 1], [0, 2]]
 
 
 # ---------------------------------------------------------------- texts
@@ -127,6 +130,8 @@ def test_demonstrations_are_of_prompts_that_no_run_has_seen(random_model, result
     shown = [random_model.tokenizer.decode(row.prompt) for row in found.rows]
     assert len(set(shown)) == ITEMS and not seen & set(shown)
     fresh = {row.prompt: row.demo for row in arithmetic.rows("train", derive(0, "shift"))}
+    everything = choose("demos", random_model, find(["start", "exp/sft"], 0, results), {"task": TASK}, 64, 0)
+    assert len(everything.rows) == len(set(fresh) - seen) < len(fresh)
     for prompt, row in zip(shown, found.rows, strict=True):
         assert random_model.tokenizer.decode([row.ids[i] for i in row.positions]) == fresh[prompt] + "<eos>"
 
@@ -223,6 +228,13 @@ def test_different_vocabularies_are_refused(random_model):
         measure.same_vocabulary(random_model, wider, ("base", "new"))
 
 
+def test_different_vocabularies_are_refused_before_anything_is_sampled(random_model, results, tmp_path, capsys):
+    other = export(random_model.model, tiny_tokenizer(("a", "b")), tmp_path / "other")
+    with pytest.raises(ConfigError, match="different vocabularies"):
+        build(["exp/sft", str(other)], results, out=tmp_path)
+    assert "responses" not in capsys.readouterr().err and not (tmp_path / "shift").exists()
+
+
 def test_the_tax_of_two_stages_and_none_for_siblings(results):
     stages = find(["start", "exp/sft", "exp/second"], 0, results)
     found = compare(stages, stages[-1:], stages[1].config, "demos", ITEMS, 0)
@@ -274,8 +286,9 @@ def test_the_page_holds_every_token_and_no_markup_of_a_text(results, tmp_path):
     assert [x for e in data["texts"] for x in e["dp"][0]] == pytest.approx(result.tokens[0]["dp"], abs=1e-4)
 
 
-def test_one_response_has_no_interval(results, tmp_path, capsys):
-    text = build(["start", "exp/sft"], results, items=1, out=tmp_path).read_text()
+def test_one_response_has_no_interval(results, tmp_path):
+    found = find(["start", "exp/sft"], 0, results)
+    text = table.markdown(compare(found, found[-1:], found[1].config, "demos", 1, 0), {})
     rows = [line for line in text.splitlines() if line.startswith("| sft ")]
     assert len(rows) == 2 and "[" not in rows[1]  # the first names its weights
     with pytest.raises(ConfigError, match="at least one response"):
@@ -302,7 +315,7 @@ def test_a_run_that_keeps_several_checkpoints_keeps_them_at_its_end(random_model
 
 
 def test_numbers_that_no_text_can_give_are_a_dash():
-    from experiments.shift.table import cell
     from experiments.stats import Interval
 
-    assert cell(Interval(math.nan, math.nan, math.nan)) == "-" and cell(Interval(0.5, math.nan, math.nan)) == "0.500"
+    shown = [table.cell(Interval(mean, math.nan, math.nan)) for mean in (math.nan, 0.5)]
+    assert shown == ["-", "0.500"]
