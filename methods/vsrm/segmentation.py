@@ -64,14 +64,15 @@ class Trace:
 
 
 def find_thinking(text: str) -> Thinking:
-    """Between `<think>` and the first `</think>` after it.
+    """Between `<think>` and the first `</think>`.
 
-    Without an opening tag (it stands in the prompt) from the first character, without a closing one to the last.
+    Without an opening tag before it (it stands in the prompt) from the first character; without a closing one to the
+    last.
     """
-    opened = text.find(OPEN)
-    start = 0 if opened < 0 else opened + len(OPEN)
-    end = text.find(CLOSE, start)
-    return Thinking(start, len(text) if end < 0 else end, end >= 0)
+    closed = text.find(CLOSE)
+    end = len(text) if closed < 0 else closed
+    opened = text.find(OPEN, 0, end)
+    return Thinking(0 if opened < 0 else opened + len(OPEN), end, closed >= 0)
 
 
 def cue_pattern(cues: Sequence[str], word_boundary: bool) -> re.Pattern[str]:

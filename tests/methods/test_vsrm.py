@@ -253,7 +253,7 @@ def test_without_a_sentence_end_the_split_point_is_the_cue():
         ("a</think>b", seg.Thinking(0, 1, True)),  # the opening tag stands in the prompt
         ("<think>a", seg.Thinking(7, 8, False)),
         ("", seg.Thinking(0, 0, False)),
-        ("</think>a<think>b", seg.Thinking(16, 17, False)),
+        ("</think>a<think>b", seg.Thinking(0, 0, True)),
     ],
 )
 def test_where_the_thinking_lies(text, span):
@@ -458,3 +458,54 @@ def test_overthinking_needs_token_ids():
     ctx.trajs[0].segments[0].prompt_ids = []
     with pytest.raises(ConfigError, match="engine=transformers"):
         Overthinking().eval_metrics(ctx.trajs, ctx)
+
+
+# ---- a real step
+
+
+def test_token_rewards_of_a_real_step_equal_a_plain_reference(tmp_path):
+    """Prompts, cuts, accuracies and places written out from what the trainer sampled; samples by the same stream."""
+    from hydra.utils import instantiate
+
+    from experiments.bench import configuration, our_trainer
+
+    words = ["task=chain", "reward=thinking", "objective=reinforce_pp", "method=[vsrm_chain]", "eval.every=0"]
+    words += ["model.warm_start=null", "model.init_std=0.2", "trainer.max_steps=1", "trainer.save_every=0"]
+    cfg = configuration(*words, "trainer.prompts_per_step=32", "trainer.rollouts_per_prompt=4")
+    task = instantiate(cfg.task)
+    task.score = lambda text, row: float("1" in text)  # one that an untrained model sometimes meets
+    loaded = instantiate(cfg.model).load(task, 0)
+    method = instantiate(cfg.method.vsrm)
+    trainer = our_trainer(cfg, loaded, task, [method], tmp_path)
+    asked, real = [], trainer.services.generate
+
+    def spy(requests, stream):
+        asked.append((requests, real(requests, stream)))
+        return asked[-1][1]
+
+    trainer.services.generate = spy
+    trainer.train()
+    ((requests, results),) = asked
+    ctx, tokenizer, at, seen = trainer.last_ctx, loaded.tokenizer, 0, 0
+    expected, rewards = torch.zeros_like(ctx.token_rewards_ST), []
+    for row, traj in enumerate(ctx.trajs):
+        ids = traj.segments[0].completion_ids
+        tokens = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
+        close = tokens.index("</think>") if "</think>" in tokens else None
+        body = tokens[:close]
+        opened = body.index("<think>") + 1 if "<think>" in body else 0
+        cuts = [t for t, piece in enumerate(body) if t >= opened and piece in ("\nstep ", "\nwait ")]
+        if cuts:
+            full = len(body) - (close is None and tokens[-1] == "")
+            for cut in [*cuts, full]:
+                tag = tokenizer("</think>")["input_ids"]
+                assert requests[at]["prompt_ids"] == [*traj.segments[0].prompt_ids, *ids[:cut], *tag]
+                at += 1
+            part = results[seen : (seen := at)]
+            accuracy = [sum(task.score(r.text, traj.row) for r in answers) / 5 for answers in part]
+            for t, r in zip(cuts, plain_rewards(accuracy, 0.7, 4, 1e-5), strict=True):
+                expected[row, t] += r
+                rewards.append(r)
+        expected[row, len(ids) - 1] = traj.rewards["outcome"]
+    assert at == len(requests) > 20 and min(rewards) < 0 < max(rewards)
+    torch.testing.assert_close(ctx.token_rewards_ST, expected)
