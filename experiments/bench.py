@@ -236,8 +236,10 @@ def buffer(sizes: tuple[int, ...] = (10_000, 100_000), rows: int = 64, tokens: i
     import torch
     from hydra.utils import instantiate
 
-    from methods.rollout_bandits.rollout_bandits import Buffer, Scale, best, context
+    from methods.rollout_bandits.buffer import Buffer
+    from methods.rollout_bandits.features import Scale, context
     from methods.rollout_bandits.scheduler import POOL, Scheduler
+    from methods.rollout_bandits.selection import best
 
     torch.set_num_threads(1)
     words = [f"trainer.prompts_per_step={rows // 8}", f"trainer.max_completion_tokens={tokens}"]

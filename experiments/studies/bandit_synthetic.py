@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from methods.rollout_bandits.features import FEATURES, Scale, context
-from methods.rollout_bandits.rollout_bandits import best_of_groups
 from methods.rollout_bandits.scheduler import Scheduler
+from methods.rollout_bandits.selection import best_of_groups
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,10 +15,11 @@ from methods.errors import ConfigError
 from methods.rollout_bandits.buffer import Buffer
 from methods.rollout_bandits.features import COLUMN, FEATURES, Scale, clip_ratio, context, facts_of, token_mean
 from methods.rollout_bandits.scheduler import EXPLORATIONS, LOSSES, Scheduler
+from methods.rollout_bandits.selection import POLICIES, best, best_of_groups, fixed_rule
 
 CHOICES = {
     "mode": ("intra", "global", "both"),
-    "policy": ("scheduler", "random", "advantage", "no_truncated"),
+    "policy": POLICIES,
     "regression": LOSSES,
     "exploration": EXPLORATIONS,
     "gain_source": ("rollout", "probe"),
@@ -99,7 +100,7 @@ class RolloutBandits(Method):
         outcome = ctx.reward_name("outcome")
         reward_N = _rewards(batch, outcome)
         facts_NF = facts_of(batch, reward_N)
-        # V and E are means over what was drawn, the groups that dynamic sampling dropped included.
+        # V counts what was drawn, the groups that dynamic sampling dropped included.
         value = float(torch.nanmean(ctx.rewards_all.get(outcome, reward_N)))
         entropy = float(facts_NF[:, COLUMN["entropy"]].mean())
         if self.policy == "scheduler":
@@ -111,8 +112,8 @@ class RolloutBandits(Method):
         survivors_K = selectable_N.nonzero().squeeze(1)
         if self.mode != "global" and self.keep_share < 1:
             group_N = torch.tensor([t.group_id for t in batch.trajs])
-            scores_N = self._scores(facts_NF, ctx).masked_fill(~selectable_N, -math.inf)
-            survivors_K = best_of_groups(ctx.signal(self, "scores", scores_N, group_N), group_N, self.keep_share)
+            scores_N = ctx.signal(self, "scores", self._scores(facts_NF, ctx), group_N)
+            survivors_K = best_of_groups(scores_N.masked_fill(~selectable_N, -math.inf), group_N, self.keep_share)
         elif not self.reuses:
             survivors_K = torch.arange(len(reward_N))
         if self.reuses:
@@ -153,13 +154,10 @@ class RolloutBandits(Method):
         return self.buffer.facts(ctx.round)
 
     def _scores(self, facts_NF: Tensor, ctx: Context) -> Tensor:
-        """(N,) scores of candidates by the scheduler, or by a fixed rule with random tie-breaks."""
+        """(N,) scores of candidates by the scheduler or by a fixed rule."""
         if self.policy == "scheduler":
             return self._bandit(ctx).scores(self._context(facts_NF, ctx))
-        random_N = torch.from_numpy(ctx.rng("rollout_bandits/policy").random(len(facts_NF))).float()
-        if self.policy == "advantage":
-            return torch.nan_to_num(facts_NF[:, COLUMN["advantage"]]).abs()
-        return random_N - 2 * facts_NF[:, COLUMN["truncated"]] if self.policy == "no_truncated" else random_N
+        return fixed_rule(self.policy, facts_NF, ctx.rng("rollout_bandits/policy"))
 
     def _context(self, facts_NF: Tensor, ctx: Context) -> Tensor:
         scale = Scale(ctx.limits.max_completion_tokens, ctx.limits.vocab_size, self.buffer_rounds)
@@ -247,24 +245,6 @@ def gain(v: float, v_next: float, e: float, e_next: float, weight: float, floor:
     """V_{t+1} - V_t - w_e [E_t > e_min] (E_{t+1} - E_t); no entropy term while e_min is not known (None)."""
     penalty = weight * (e_next - e) if floor is not None and e > floor else 0.0
     return v_next - v - penalty
-
-
-def best(scores_N: Tensor, count: int) -> Tensor:
-    """Indices, ascending, of the `count` highest scores (all if there are fewer); equal ones: lower index first."""
-    return torch.argsort(scores_N, descending=True, stable=True)[:count].sort().values
-
-
-def best_of_groups(scores_N: Tensor, group_N: Tensor, share: float) -> Tensor:
-    """Indices, ascending, of the best max(1, ceil(share x size)) of each group; a score of -inf is never chosen."""
-    by_score = torch.argsort(scores_N, descending=True, stable=True)
-    order = by_score[torch.argsort(group_N[by_score], stable=True)]
-    _, sizes = torch.unique_consecutive(group_N[order], return_counts=True)
-    starts = sizes.cumsum(0) - sizes
-    rank = torch.arange(len(order)) - torch.repeat_interleave(starts, sizes)
-    # Without the small step back .7 x 10 would round up to 8.
-    allowed = torch.ceil(share * sizes.double() - 1e-9).clamp(min=1)
-    kept = order[rank < torch.repeat_interleave(allowed, sizes)]
-    return kept[scores_N[kept] > -math.inf].sort().values
 
 
 def _rewards(batch: Batch, name: str) -> Tensor:

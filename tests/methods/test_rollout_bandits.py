@@ -24,8 +24,9 @@ from methods.ha_dw import HaDw
 from methods.objectives.policy_gradient import Dapo, Grpo, Gspo
 from methods.rollout_bandits.buffer import Buffer
 from methods.rollout_bandits.features import COLUMN, FEATURES, Scale, clip_ratio, context, facts_of
-from methods.rollout_bandits.rollout_bandits import RolloutBandits, best, best_of_groups, gain
+from methods.rollout_bandits.rollout_bandits import RolloutBandits, gain
 from methods.rollout_bandits.scheduler import Scheduler
+from methods.rollout_bandits.selection import best, best_of_groups
 from methods.stack import Stack
 
 # ---------------------------------------------------------------- the worked example (section 7 of the sheet)
@@ -320,6 +321,14 @@ def test_nan_reward_is_left_out_of_v_and_never_chosen():
     _, chosen = Rounds(method).play([math.nan, 1, 0, math.nan, math.nan, math.nan, math.nan, math.nan])
     assert [t.sample_id for t in chosen.trajs] == [1, 2] and method.last["value"] == 0.5
     assert method.last["nonfinite"] > 0 and torch.isfinite(method.pending["kept"]).all()
+
+
+def test_a_flipped_score_does_not_choose_what_cannot_be_scored():
+    method = RolloutBandits()
+    rounds = Rounds(method)
+    rounds.stack = Stack([method, Flip("rollout_bandits.scores")], Grpo())
+    _, chosen = rounds.play([math.nan, 1, 0, math.nan])
+    assert [t.sample_id for t in chosen.trajs] == [1, 2]
 
 
 def test_nan_and_infinite_features_become_finite():
