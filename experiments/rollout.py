@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from experiments.tools import Call, Environment, ResultIds, ToolRunner, ToolText
+from experiments.tools import Environment, ResultIds, ToolRunner, Tools
 from methods.base import Segment, Trajectory, Turn
 
 
@@ -14,17 +15,6 @@ class Writer(Protocol):
     """Lets a model write one turn of several rows (`CachedDecoder`, or `EngineWriter` over any engine with ids)."""
 
     def write(self, appended: dict[int, list[int]], budget: dict[int, int]) -> dict[int, list[int]]: ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """max_tokens: of a whole completion, tool text included. max_turn_tokens: of one model turn. max_calls: tool turns
-    of an episode; a call beyond them is not carried out. max_result_tokens: what is shown of one result."""
-
-    max_tokens: int
-    max_turn_tokens: int | None = None
-    max_calls: int = 8
-    max_result_tokens: int = 256
 
 
 @dataclass
@@ -60,72 +50,88 @@ class Episode:
 class ToolLoop:
     """Writes turns, carries out their calls, appends the results, until each episode has given an answer.
 
-    An episode ends with a turn that calls nothing (finish `stop`), with a turn cut by its budget or the model's
-    context, with a call beyond `max_calls`, or where a result leaves no room for a further turn (finish `length`; that
-    result is left out of the ids).
-    A call that cannot be read, an unknown tool, a tool that raises, hangs or returns too much: the episode goes on with
-    a text that says so.
+    An episode ends with an answer (finish `stop`), with a turn cut by its budget or the model's context, with a call
+    beyond `tools.max_calls`, or where a result leaves no room for a further turn (finish `length`; that result is left
+    out of the ids). A call that cannot be read, an unknown tool, a tool that raises, hangs or returns too much: the
+    episode goes on with a text that says so. max_tokens: of a whole completion, tool text included.
     """
 
     def __init__(
-        self, tokenizer: Any, form: ToolText, limits: Limits, runner: ToolRunner, ends: set[int], context: int = 2**31
+        self, tokenizer: Any, tools: Tools, max_tokens: int, ends: set[int], runner: ToolRunner, context: int = 2**31
     ) -> None:
-        self.tokenizer, self.form, self.limits, self.runner = tokenizer, form, limits, runner
-        self.ends, self.context = ends, context
-        self.result_ids = ResultIds(tokenizer, form)
+        self.tokenizer, self.tools, self.max_tokens, self.ends = tokenizer, tools, max_tokens, ends
+        self.runner, self.context = runner, context
+        self.result_ids = ResultIds(tokenizer, tools.form)
 
     def run(self, writer: Writer, prompts: Sequence[list[int]], envs: Sequence[Environment]) -> list[Episode]:
-        most = self.limits.max_tokens
+        most = self.max_tokens
         episodes = [Episode(env, min(most, self.context - len(p))) for env, p in zip(envs, prompts, strict=True)]
         appended = {i: list(ids) for i, ids in enumerate(prompts) if episodes[i].room > 0}
         for episode in episodes:
             if episode.room < 1:  # the prompt alone fills the context
-                self._turn(episode, [], "")
+                self._record(episode, [], "")
         while appended:
             written = writer.write(appended, {i: self._budget(episodes[i]) for i in appended})
-            texts = self._decode(list(written.values()))
-            asking = {
-                i: calls
-                for (i, ids), text in zip(written.items(), texts, strict=True)
-                if (calls := self._turn(episodes[i], ids, text))
-            }
-            appended = self._answer(episodes, asking)
+            texts = self.tokenizer.batch_decode(
+                list(written.values()), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            turns = zip(written.items(), texts, strict=True)
+            going_on = [i for (i, ids), text in turns if self._record(episodes[i], ids, text)]
+            appended = self._answer(episodes, going_on)
         return episodes
-
-    def _decode(self, turns: list[list[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(turns, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _budget(self, episode: Episode) -> int:
         room = episode.room - len(episode.ids)
-        return min(room, self.limits.max_turn_tokens or room)
+        return min(room, self.tools.max_turn_tokens or room)
 
-    def _turn(self, episode: Episode, ids: list[int], text: str) -> list[Call | None]:
-        """Records a turn of the model; its calls, if they are to be carried out."""
-        calls = self.form.parse(text)
-        cut = not ids or ids[-1] not in self.ends and not any(s in text for s in self.form.stop)
-        kind = "call" if calls else "answer"
+    def _record(self, episode: Episode, ids: list[int], text: str) -> bool:
+        """Records a turn of the model; whether the episode waits for results."""
+        calls = self.tools.form.parse(text)
+        cut = not ids or (ids[-1] not in self.ends and not any(s in text for s in self.tools.form.stop))
+        answer = not calls and (self.tools.answer is None or re.search(self.tools.answer, text, re.DOTALL) is not None)
+        kind = "call" if calls else "answer" if answer else "invalid"
         episode.turns.append(Turn(0, len(episode.ids), len(episode.ids) + len(ids), kind, calls))
         episode.add(ids, by_model=True)
         episode.texts.append(text)
         if not episode.ids:  # nothing could be written; a completion has at least one id
             episode.add([min(self.ends)], by_model=False)
-        episode.finish = "length" if cut or calls else "stop"
-        carried_out = sum(t.result is not None for t in episode.turns)
-        return calls if not cut and carried_out < self.limits.max_calls else []
+        episode.finish = "stop" if answer and not cut else "length"
+        return not cut and not answer and len(episode.turns) <= self.tools.max_calls
 
-    def _answer(self, episodes: list[Episode], asking: dict[int, list[Call | None]]) -> dict[int, list[int]]:
+    def _answer(self, episodes: list[Episode], going_on: list[int]) -> dict[int, list[int]]:
         """Carries out all calls of this round; the ids that follow, for the episodes that have room to go on."""
-        jobs = [(episodes[i].env, call) for i, calls in asking.items() for call in calls]
+        jobs = [(episodes[i].env, call) for i in going_on for call in episodes[i].turns[-1].calls]
         results = iter(self.runner(jobs))
         appended = {}
-        for i, calls in asking.items():
-            episode = episodes[i]
-            episode.turns[-1].result = result = "\n".join(next(results) for _ in calls)
-            ids = self.result_ids(result, self.limits.max_result_tokens)
+        for i in going_on:
+            episode, turn = episodes[i], episodes[i].turns[-1]
+            turn.result = "\n".join(next(results) for _ in turn.calls) if turn.calls else self.tools.notice
+            ids = self.result_ids(turn.result, self.tools.max_result_tokens)
             if len(episode.ids) + len(ids) < episode.room:
                 episode.add(ids, by_model=False)
                 appended[i] = ids
         return appended
+
+
+def episodes(
+    task: Any,
+    rows: Sequence[Any],
+    prompts: Sequence[list[int]],
+    engine: Any,
+    tokenizer: Any,
+    seeds: Sequence[int],
+    max_tokens: int,
+    *,
+    temperature: float,
+    top_p: float,
+) -> list[Episode]:
+    """One episode per row of a task with tools, each in an environment of its own; row i samples from `seeds[i]`."""
+    tools: Tools = task.tools
+    how = {"temperature": temperature, "top_p": top_p, "stop": tools.form.stop}
+    runner = ToolRunner(tools.timeout)
+    loop = ToolLoop(tokenizer, tools, max_tokens, engine.ends(), runner, engine.context())
+    envs = [task.environment(row) for row in rows]
+    return loop.run(writer_for(engine, tokenizer, seeds, max_tokens, **how), prompts, envs)
 
 
 class EngineWriter:
@@ -161,9 +167,6 @@ class EngineWriter:
             written[row] = list(result.ids or [])
             self.history[row] = self.history[row] + written[row]
         return written
-
-
-MakeWriter = Callable[[Sequence[int]], Writer]
 
 
 def writer_for(engine: Any, tokenizer: Any, seeds: Sequence[int], most: int, **how: Any) -> Writer:

@@ -60,6 +60,14 @@ class Services:
         self.seconds.clear()
         return taken
 
+    def stream(self, name: str) -> int:
+        """A seed for the next use of the stream `name`: it goes on within a step and starts anew with each step, so
+        that a resumed run draws the same."""
+        if self._calls_step != self.step:
+            self._calls_step, self._calls = self.step, Counter()
+        self._calls[name] += 1
+        return derive(self.seed, "generate", name, self.step, self.rank, self._calls[name])
+
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]:
         from dataclasses import replace
 
@@ -67,11 +75,7 @@ class Services:
 
         requests = [Request(**r) if isinstance(r, dict) else r for r in requests]
 
-        # A stream goes on within a step; it starts anew with each step, so that a resumed run draws the same.
-        if self._calls_step != self.step:
-            self._calls_step, self._calls = self.step, Counter()
-        self._calls[stream] += 1
-        base = derive(self.seed, "generate", stream, self.step, self.rank, self._calls[stream])
+        base = self.stream(stream)
         seeded = [replace(r, seed=derive(base, i)) if r.seed is None else r for i, r in enumerate(requests)]
         with self.counted("generate"):
             results = self.engine.generate(seeded)

@@ -63,6 +63,25 @@ class ToolText:
         return {"tool": written["name"], "args": arguments} if isinstance(arguments, dict) else None
 
 
+@dataclass(frozen=True)
+class Tools:
+    """How the episodes of a task run (`task.tools`; None for a task that is one answer).
+
+    max_calls: tool turns of an episode; a call beyond them is not carried out. max_turn_tokens: of one model turn
+    (None: what is left of the completion). max_result_tokens: what is shown of one result. timeout: seconds for one
+    call (None: tools are trusted to return). answer: a regular expression that a turn without a call must hold to
+    count as an answer; any other turn is told `notice` and the episode goes on (None: every such turn is the answer).
+    """
+
+    form: ToolText
+    max_calls: int = 4
+    max_turn_tokens: int | None = None
+    max_result_tokens: int = 256
+    timeout: float | None = None
+    answer: str | None = None
+    notice: str = ""
+
+
 # The form of Qwen, Hermes and others: JSON between tags, results as a message of their own.
 HERMES = ToolText(call=r"<tool_call>\s*(?P<json>\{.*?\})\s*</tool_call>", opening="<tool_call>", result="{}", chat=True)
 # The form of Search-R1: one tool, its query between tags, the result in the same turn.

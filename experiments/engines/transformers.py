@@ -101,9 +101,9 @@ class TransformersEngine(BaseEngine):
         done: dict[int, list[Result | None]] = {}
         for index, request in enumerate(requests):
             ids = encode(self.tokenizer, request, self.chat)
-            room = self._context() - len(ids)
+            room = self.context() - len(ids)
             if not ids or room < 1:
-                problem = f"the prompt fills the context of {self._context()} tokens" if ids else "the prompt is empty"
+                problem = f"the prompt fills the context of {self.context()} tokens" if ids else "the prompt is empty"
                 yield index, failed(request, f"{problem} ({len(ids)} tokens)", len(ids))
                 continue
             setting = _Setting(min(request.max_tokens, room), request.temperature, request.top_p, request.stop)
@@ -125,7 +125,8 @@ class TransformersEngine(BaseEngine):
                         results: Any = done.pop(job.request)
                         yield job.request, results * (requests[job.request].n // len(results))
 
-    def _context(self) -> int:
+    def context(self) -> int:
+        """Most tokens that prompt and completion have together."""
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or 2**31
 
@@ -177,6 +178,10 @@ class TransformersEngine(BaseEngine):
         text = text[: _first(text, setting.stop)]
         usage = Usage(len(job.ids), len(ids))
         return Result(text, ids, logps[:end] if logps else None, "stop" if ends else "length", usage)
+
+    def ends(self) -> set[int]:
+        """Ids that end a completion."""
+        return eos_ids(self.model, self.tokenizer)
 
     def close(self) -> None:
         self.model = None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.seeds import derive
+from experiments.tools import Tools
 from methods.errors import DataError, nearest
 
 T = TypeVar("T")
@@ -62,9 +63,18 @@ class Task:
         """Outcome reward in [0, 1]; the gold answer scores 1."""
         raise NotImplementedError
 
-    def environment(self, row: Row) -> object | None:
-        """The tools that a rollout may call; None for a task that is one answer."""
+    @property
+    def tools(self) -> Tools | None:
+        """How episodes with tools run; None for a task that is one answer."""
         return None
+
+    def environment(self, row: Row) -> Any:
+        """What one rollout acts on, made anew for each: an object with `tools`, callables by name."""
+        return None
+
+    def episode_metrics(self, traj: Any, row: Row) -> dict[str, float]:
+        """Further named values of one episode, from its turns; every row of a task gives the same names."""
+        return {}
 
     def metrics(self, text: str, row: Row) -> dict[str, float]:
         """Further named values of one completion; every row of a task gives the same names."""
