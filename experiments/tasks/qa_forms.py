@@ -84,6 +84,8 @@ def gold_passages(record: dict) -> list[Gold]:
 
 def paragraph(item: Any) -> tuple[str, str, bool | None]:
     """(title, text, whether it is marked as supporting; None: unknown) of one paragraph of a context."""
+    if isinstance(item, str):
+        raise TypeError("a paragraph is a text without a title")
     if not isinstance(item, dict):
         title, body = item
         return str(title), _text(body), None
