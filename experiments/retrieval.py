@@ -211,9 +211,9 @@ class Index:
         wanted = list(wanted)
         texts = {squeezed(text) for _, text in wanted}
         found: dict[str, list[Passage]] = {}
-        for passage in self.passages:
-            if (text := squeezed(passage.text)) in texts:
-                found.setdefault(text, []).append(passage)
+        for place, cell in enumerate(self.passages.columns[2] if texts else ()):
+            if (text := squeezed(cell.as_py())) in texts:
+                found.setdefault(text, []).append(self.passages[place])
         places = {}
         for title, text in wanted:
             same = found.get(squeezed(text), [])

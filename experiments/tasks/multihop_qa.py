@@ -92,6 +92,12 @@ class MultihopQA(TableTask):
                     got=getattr(self, key),
                     expected="at least 1",
                 )
+        if self.choices_column or self.wrong_columns:
+            raise ConfigError(
+                "Open questions have no options",
+                where=f"{self.config_key}.choices_column, {self.config_key}.wrong_columns",
+                fix="use task=jsonl for questions with options",
+            )
         if self.form not in INSTRUCTIONS:
             raise ConfigError(
                 f"Unknown form of calls '{self.form}'",

@@ -317,6 +317,7 @@ def test_bad_keys():
         ({"passage_words": 0}, r"task\.passage_words"),
         ({"form": "hermess"}, r"task\.form.*did you mean 'hermes'"),
         ({"scorer": "emm"}, r"task\.scorer"),
+        ({"choices_column": "options"}, r"task\.choices_column.*task=jsonl"),
     ):
         with pytest.raises(ConfigError, match=message):
             MultihopQA(**keys)  # type: ignore[arg-type]
