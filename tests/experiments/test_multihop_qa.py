@@ -72,6 +72,7 @@ def passage(k: int) -> dict:
         ("Lyon", "Paris", 0, 0),
         ("", "Paris", 0, 0),
         ("the", "Paris", 0, 0),
+        ("", ["", "x"], 0, 0),
         ("", "The The", 0, 0),  # both normal forms are empty
         ("an", "The The", 0, 0),
         ("the the", "The The", 1, 1),
@@ -278,7 +279,7 @@ def test_the_example_in_the_prompt_follows_the_form(form):
 
 def test_a_last_turn_that_still_searches_says_nothing(tmp_path, corpus):
     task, row = one_row(tmp_path, corpus)
-    assert task.metrics("<search>Steventon</search>", row) == {"em": 0, "f1": 0}
+    assert task.metrics("<search>is Steventon a village</search>", row) == {"em": 0, "f1": 0}
     assert task.metrics("<think>no <search></think> Steventon", row) == {"em": 1, "f1": 1}
     assert task.metrics("<search>x</search><answer>the Steventon</answer>", row) == {"em": 1, "f1": 1}
     shares = one_row(tmp_path, corpus, scorer="f1")[0]
