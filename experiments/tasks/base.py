@@ -11,11 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiments.seeds import derive
 from experiments.tools import Tools
 from methods.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from methods.base import Trajectory
 
 T = TypeVar("T")
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".csv")
@@ -78,6 +81,10 @@ class Task:
 
     def metrics(self, text: str, row: Row) -> dict[str, float]:
         """Further named values of one completion; every row of a task gives the same names."""
+        return {}
+
+    def episode_metrics(self, traj: Trajectory, row: Row) -> dict[str, float]:
+        """Further named values of one rollout with tools, from its turns; every row of a task gives the same names."""
         return {}
 
 
