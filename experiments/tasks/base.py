@@ -75,10 +75,6 @@ class Task:
         """What one rollout acts on, made anew for each: an object with `tools`, callables by name."""
         return None
 
-    def episode_metrics(self, traj: Any, row: Row) -> dict[str, float]:
-        """Further named values of one episode, from its turns; every row of a task gives the same names."""
-        return {}
-
     def metrics(self, text: str, row: Row) -> dict[str, float]:
         """Further named values of one completion; every row of a task gives the same names."""
         return {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from experiments.tasks import qa_forms, scorers
 from experiments.tasks.base import Row
 from experiments.tasks.table import TableTask
-from experiments.tools import FORMS
+from experiments.tools import FORMS, Tools
 from methods.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class MultihopQA(TableTask):
     `Row.documents` are the gold passages found in the corpus by id, or by title and text, never by title alone; what
     the corpus lacks is counted in `Row.meta["not_in_corpus"]`, and a notice tells how many there are.
     `form` is how the model writes its calls (`experiments.tools.FORMS`); the prompt explains it unless `suffix` is
-    given. A search shows `top_k` passages of at most `passage_words` words.
+    given. A search shows `top_k` passages of at most `passage_words` words, cut after `max_result_tokens`; an episode
+    has at most `max_calls` searches.
     The completion scored is the last turn; one that still asks for a search says nothing.
     """
 
@@ -81,10 +82,13 @@ class MultihopQA(TableTask):
     top_k: int = 3
     passage_words: int = 100
     form: str = "search"
+    max_calls: int = 4
+    max_turn_tokens: int | None = None
+    max_result_tokens: int = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("top_k", "passage_words"):
+        for key in ("top_k", "passage_words", "max_calls", "max_result_tokens"):
             if getattr(self, key) < 1:
                 raise ConfigError(
                     "A search must show something",
@@ -182,6 +186,12 @@ class MultihopQA(TableTask):
             return tuple(index.passages[place] for place, _ in index.rank(query, self.top_k))
 
         return found
+
+    @property
+    def tools(self) -> Tools | None:
+        if self.corpus is None:
+            return None
+        return Tools(FORMS[self.form], self.max_calls, self.max_turn_tokens, self.max_result_tokens)
 
     def environment(self, row: Row) -> SearchEnvironment | None:
         return None if self.corpus is None else SearchEnvironment(self.find, self.passage_words)
