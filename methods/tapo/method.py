@@ -88,7 +88,7 @@ class Tapo(Method):
         outcome_N = ctx.reward(ctx.reward_name("outcome")).numpy()
         _, prompt_N = np.unique(ctx.group_N.numpy(), return_inverse=True)
         rollouts = Rollouts(prompt_N, outcome_N > 0.5, outcome_N <= 0.5, rollout_means(adv_ST, batch))
-        calls = Calls(self.schema, frozenset(self.exclude_tools))
+        calls = Calls(self.schema, self.exclude_tools)
         actions = actions_of(ctx.trajs, calls, rollouts.mixed_N)
         found = match(calls, actions.call_U, actions.rollout_U, rollouts, self.theta)
 

@@ -37,15 +37,15 @@ class Actions:
 
 def actions_of(trajs: Sequence[Trajectory], calls: Calls, compared_N: Bools) -> Actions:
     """All calls; only those of the rollouts that are compared with others get an identity."""
-    entries = []
+    flat: list[int] = []  # five numbers per call: one list of numbers becomes an array faster than many tuples
     for i, (traj, compared) in enumerate(zip(trajs, compared_N.tolist(), strict=True)):
         for k, turn in enumerate(traj.turns):
+            spanned = turn.end > turn.start
             for call in turn.calls or ():
-                identity = calls.add(call) if compared else -1
-                entries.append((i, k, identity, call is not None, turn.end > turn.start))
-    table = np.array(entries, dtype=np.int64).reshape(-1, 5)
+                flat += i, k, calls.add(call) if compared else -1, call is not None, spanned
+    table = np.fromiter(flat, np.int64, len(flat)).reshape(-1, 5).T
     shape = (len(trajs), max((len(t.turns) for t in trajs), default=0) or 1)
-    return Actions(table[:, 0], table[:, 1], table[:, 2], table[:, 3] > 0, table[:, 4] > 0, shape)
+    return Actions(table[0], table[1], table[2], table[3] > 0, table[4] > 0, shape)
 
 
 def rollout_means(adv_ST: Tensor, batch: Batch) -> Floats:

@@ -14,8 +14,8 @@ import json
 import math
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from itertools import count
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ UNSPACED = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAF
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Pairs = tuple[Ints, Ints, Floats]
+Box = tuple[float, float, float, float]
+NO_BOX = (math.nan, math.nan, math.nan, math.nan)
+Field = tuple[str, str, defaultdict[Any, int]]  # name, kind, number of each feature
 
 
 class _Separators(dict):
@@ -48,12 +51,16 @@ class _Separators(dict):
 
 
 _SEPARATORS = _Separators()
+_ASCII = "".join(map(chr, range(128))).lower().translate(_SEPARATORS).encode().ljust(256)
 
 
 def words(text: str) -> list[str]:
     """NFKC, lower case, punctuation to spaces, without a/an/the, CJK characters one by one."""
-    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return [w for w in text.lower().translate(_SEPARATORS).split() if w not in ARTICLES]
+    if text.isascii():  # most queries are, and a table of bytes is the faster one
+        text = text.encode().translate(_ASCII).decode()
+    else:
+        text = unicodedata.normalize("NFKC", text).lower().translate(_SEPARATORS)
+    return [w for w in text.split() if w not in ARTICLES]
 
 
 def text_features(value: Any) -> list[Any]:
@@ -73,37 +80,57 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=repr)
 
 
-def box_of(value: Any) -> tuple[float, ...] | None:
-    """(x1, y1, x2, y2), or None if it is not four finite numbers that span an area."""
-    if not isinstance(value, list | tuple) or len(value) != 4:
-        return None
-    if any(isinstance(x, bool) or not isinstance(x, int | float) for x in value):
-        return None
+FEATURES: dict[str, Callable[[Any], list[Any]]] = {
+    "text": text_features,
+    "id": id_features,
+    "everything": id_features,
+    "nothing": lambda value: [""],
+}
+
+
+def box_of(value: Any) -> list[Box]:
+    """[(x1, y1, x2, y2)], or nothing if the value is not four finite numbers that span an area."""
+    if not isinstance(value, (list, tuple)) or len(value) != 4 or not all(type(x) in (int, float) for x in value):
+        return []
     try:
-        x1, y1, x2, y2 = box = tuple(map(float, value))
+        x1, y1, x2, y2 = map(float, value)
     except OverflowError:
-        return None
-    return box if all(map(math.isfinite, box)) and x2 > x1 and y2 > y1 else None
+        return []
+    return [(x1, y1, x2, y2)] if all(map(math.isfinite, (x1, y1, x2, y2))) and x2 > x1 and y2 > y1 else []
 
 
 class Calls:
     """The different calls of a batch as numbers: `add` gives each its identity, `pairs` compares identities.
 
-    schema: {tool: {field: text | id | box}}. Calls of the tools in `exclude` have no identity.
+    schema: {tool: {field: text | id | box}}. Calls of the tools in `exclude` match nothing.
     """
 
-    def __init__(self, schema: Mapping[str, Mapping[str, str]], exclude: frozenset[str] = frozenset()) -> None:
-        self.schema, self.exclude = schema, exclude
+    def __init__(self, schema: Mapping[str, Mapping[str, str]], exclude: Sequence[str] = ()) -> None:
         number = count()
-        # Features of different tools and fields never meet.
-        self._numbers: defaultdict[Any, defaultdict[Any, int]] = defaultdict(lambda: defaultdict(number.__next__))
+
+        def field(name: str, kind: str) -> Field:
+            # Each field numbers its own features, so that those of different fields and tools never meet.
+            return name, kind, defaultdict(number.__next__)
+
+        self._fields = defaultdict(lambda: [field("", "everything")])
+        for tool, kinds in schema.items():
+            # The first text or id field finds the candidates; boxes alone are candidates of each other.
+            boxes_alone = all(kind == "box" for kind in kinds.values())
+            self._fields[tool] = [field("", "nothing")] * boxes_alone + [field(*item) for item in kinds.items()]
+        self._fields |= {tool: [] for tool in exclude}
+        counts = [
+            (sum(k != "box" for k in kinds.values()), list(kinds.values()).count("box")) for kinds in schema.values()
+        ]
+        sets, boxes = (max(column, default=0) for column in zip(*counts, strict=True)) if counts else (0, 0)
         self._identity: dict[str, int] = {}  # of a call as written
-        self._normalised: dict[Any, int] = {}
-        self._sets: list[list[list[int]]] = []  # per identity and slot, the features of its text and id fields
-        self._boxes: list[list[tuple[float, ...]]] = []
+        self._normalised: dict[tuple, int] = {}
+        # Per slot, one entry per identity: how many features its text and id fields have, these features, its boxes.
+        self._lengths: list[list[int]] = [[] for _ in range(max(sets, 1))]
+        self._flat: list[list[int]] = [[] for _ in range(max(sets, 1))]
+        self._boxes: list[list[Box]] = [[] for _ in range(boxes)]
 
     def __len__(self) -> int:
-        return len(self._sets)
+        return len(self._lengths[0])
 
     def add(self, call: Any) -> int:
         """The identity of a call, equal for calls that are equal once normalised; -1 if it can match nothing.
@@ -117,34 +144,29 @@ class Calls:
         return known
 
     def _add(self, call: Any) -> int:
-        if not isinstance(call, dict) or call.get("tool") in self.exclude:
+        args = call.get("args") if isinstance(call, dict) else None
+        if not isinstance(args, dict) or not isinstance(call.get("tool"), str):
             return -1
-        tool, args = call.get("tool"), call.get("args")
-        fields = self.schema.get(tool) if isinstance(tool, str) else None
-        sets, boxes = [], []
-        if fields is None:
-            sets.append(self._numbered((repr(tool), None), [canonical(args)]))
-        for name, kind in (fields or {}).items():
-            value = args.get(name) if isinstance(args, dict) else None
+        sets: list[list[int]] = []
+        boxes: list[Box] = []
+        fields = self._fields[call["tool"]]
+        for name, kind, numbers in fields:
             if kind == "box":
-                boxes.append(box_of(value))
-            else:
-                features = text_features(value) if kind == "text" else id_features(value)
-                sets.append(self._numbered((tool, name), features))
-        if not all(sets) or None in boxes:
+                boxes += box_of(args.get(name))
+            elif features := FEATURES[kind](args if kind == "everything" else args.get(name)):
+                sets.append([numbers[f] for f in features])
+        if not fields or len(sets) + len(boxes) < len(fields):
             return -1
-        # The first slot finds the candidates; boxes alone are candidates of each other.
-        sets = sets or [self._numbered((tool, None), [""])]
-        key = (tuple(frozenset(s) for s in sets), tuple(boxes))
-        identity = self._normalised.setdefault(key, len(self._sets))
-        if identity == len(self._sets):
-            self._sets.append(sets)
-            self._boxes.append(boxes)
+        key = (*sorted(chain(*sets)), *boxes)
+        identity = self._normalised.setdefault(key, len(self))
+        if identity == len(self):
+            for slot, lengths in enumerate(self._lengths):
+                numbers = sets[slot] if slot < len(sets) else []
+                lengths.append(len(numbers))
+                self._flat[slot] += numbers
+            for slot, column in enumerate(self._boxes):
+                column.append(boxes[slot] if slot < len(boxes) else NO_BOX)
         return identity
-
-    def _numbered(self, field: Any, features: list[Any]) -> list[int]:
-        numbers = self._numbers[field]
-        return [numbers[f] for f in features]
 
     def pairs(self, call_D: Ints, prompt_D: Ints, reference_D: NDArray[np.bool_], least: float) -> Pairs:
         """All (i, j, sim) with sim(i, j) >= least > 0, j a reference and both of one prompt.
@@ -152,12 +174,10 @@ class Calls:
         Entries are identities and the prompts that they occur in. The cost is that of the pairs with a shared feature.
         """
         references = np.flatnonzero(reference_D)
-        slots = max(map(len, self._sets), default=0)
-        features = [self._features(slot, call_D, prompt_D) for slot in range(slots)]
+        features = [self._features(slot, call_D, prompt_D) for slot in range(len(self._flat))]
         found = []
         for start in range(0, len(call_D) if len(references) else 0, ROWS):
-            part = np.arange(start, min(start + ROWS, len(call_D)))
-            i, j, sim = _dice(features[0], part, references)
+            i, j, sim = _dice(features[0], start, references)
             keep = sim >= least - TOLERANCE
             i, j, sim = i[keep], j[keep], sim[keep]
             for matrix in features[1:]:
@@ -171,9 +191,7 @@ class Calls:
 
     def _features(self, slot: int, call_D: Ints, prompt_D: Ints) -> csr_matrix:
         """(D, features of a prompt) 0/1 matrix; the product of two rows counts what they share."""
-        sets = [s[slot] if slot < len(s) else [] for s in self._sets]
-        length_C = np.fromiter(map(len, sets), np.int64, len(sets))
-        flat = np.fromiter((f for s in sets for f in s), np.int64, int(length_C.sum()))
+        length_C, flat = np.array(self._lengths[slot], np.int64), np.array(self._flat[slot], np.int64)
         ends_D = np.cumsum(length_C[call_D])
         pointer = np.concatenate([[0], ends_D])
         first_C = np.cumsum(length_C) - length_C
@@ -185,19 +203,19 @@ class Calls:
 
     def _overlap(self, call_i: Ints, call_j: Ints) -> Floats:
         """(pairs,) least IoU over the box fields; infinite for a tool without any, so that it binds nothing."""
-        most = max(map(len, self._boxes), default=0)
         least = np.full(len(call_i), np.inf)
-        for slot in range(most):
-            boxes_C4 = np.array([b[slot] if slot < len(b) else [np.nan] * 4 for b in self._boxes])
+        for column in self._boxes:
+            boxes_C4 = np.array(column)
             has = ~np.isnan(boxes_C4[call_i, 0])
             least[has] = np.minimum(least[has], intersection_over_union(boxes_C4[call_i[has]], boxes_C4[call_j[has]]))
         return least
 
 
-def _dice(matrix: csr_matrix, rows: Ints, references: Ints) -> Pairs:
+def _dice(matrix: csr_matrix, start: int, references: Ints) -> Pairs:
+    """Dice of ROWS rows from `start` with the references that share a feature."""
     size_D = np.diff(matrix.indptr)
-    shared = (matrix[rows] @ matrix[references].T).tocoo()
-    i, j = rows[shared.row], references[shared.col]
+    shared = (matrix[start : start + ROWS] @ matrix[references].T).tocoo()
+    i, j = start + shared.row, references[shared.col]
     return i, j, 2 * shared.data / (size_D[i] + size_D[j])
 
 
