@@ -69,7 +69,7 @@ def text_features(value: Any) -> list[Any]:
     if len(set(found)) == len(found):
         return found
     repeats: defaultdict[str, Iterator[int]] = defaultdict(count)
-    return [(word, next(repeats[word])) for word in found]
+    return [(word, k) if (k := next(repeats[word])) else word for word in found]
 
 
 def id_features(value: Any) -> list[Any]:
@@ -118,15 +118,14 @@ class Calls:
             boxes_alone = all(kind == "box" for kind in kinds.values())
             self._fields[tool] = [field("", "nothing")] * boxes_alone + [field(*item) for item in kinds.items()]
         self._fields |= {tool: [] for tool in exclude}
-        counts = [
-            (sum(k != "box" for k in kinds.values()), list(kinds.values()).count("box")) for kinds in schema.values()
-        ]
-        sets, boxes = (max(column, default=0) for column in zip(*counts, strict=True)) if counts else (0, 0)
+        kinds = [list(fields.values()) for fields in schema.values()]
+        sets = max((len(k) - k.count("box") for k in kinds), default=0) or 1
+        boxes = max((k.count("box") for k in kinds), default=0)
         self._identity: dict[str, int] = {}  # of a call as written
         self._normalised: dict[tuple, int] = {}
         # Per slot, one entry per identity: how many features its text and id fields have, these features, its boxes.
-        self._lengths: list[list[int]] = [[] for _ in range(max(sets, 1))]
-        self._flat: list[list[int]] = [[] for _ in range(max(sets, 1))]
+        self._lengths: list[list[int]] = [[] for _ in range(sets)]
+        self._flat: list[list[int]] = [[] for _ in range(sets)]
         self._boxes: list[list[Box]] = [[] for _ in range(boxes)]
 
     def __len__(self) -> int:
@@ -186,7 +185,7 @@ class Calls:
         if not found:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
         i, j, sim = (np.concatenate(column) for column in zip(*found, strict=True))
-        keep = sim >= least - TOLERANCE
+        keep = (sim > 0) & (sim >= least - TOLERANCE)
         return i[keep], j[keep], sim[keep]
 
     def _features(self, slot: int, call_D: Ints, prompt_D: Ints) -> csr_matrix:
