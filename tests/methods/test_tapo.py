@@ -517,9 +517,17 @@ def test_chains_join_a_reference_group():
     assert similarity(u, v) == similarity(v, w) == 0.8 > similarity(u, w)
     adv_ST = advantages([Tapo()], trajs)
     assert of_turn(adv_ST, 3, 0) == pytest.approx(min(0, float(adv_ST[4, 0] + 0.8 * adv_ST[0, 0])))
-    # Sheet 3.4: the best match decides, not the best supported group.
-    adv_ST = advantages([Tapo(theta=0.7, alpha_min=0.4)], group_of([[u], [w], [w], [u], []], [1, 1, 1, 0, 0]))
-    assert of_turn(adv_ST, 3, 0) == float(adv_ST[4, 0])
+
+
+@pytest.mark.parametrize(("rare", "confidence"), [("0 2 3 4 5 6 7 8 9 10", 0.9 / 3), ("0 0 3 4 5 6 7 8 9 10", 1.6 / 3)])
+def test_the_best_match_decides_and_support_breaks_ties(rare, confidence):
+    """A frequent call is alike by 0.8, a rare one by 0.9 (it wins) or 0.8 (it loses); they are no group."""
+    frequent = text("1 2 3 4 5 6 7 8 x y")
+    adv_ST = advantages(
+        [Tapo(alpha_min=0.3, beta=0.5)],
+        group_of([[text(rare)], [frequent], [frequent], [text("1 2 3 4 5 6 7 8 9 10")], []], [1, 1, 1, 0, 0]),
+    )
+    assert of_turn(adv_ST, 3, 0) == pytest.approx(float(adv_ST[4, 0] + 0.5 * confidence * adv_ST[0, 0]))
 
 
 # ---------------------------------------------------------------- a plain reference of the whole correction
