@@ -725,6 +725,13 @@ def test_training_with_it(objective, make_trainer):
 # ---------------------------------------------------------------- size
 
 
+def test_blocks_of_calls_give_what_one_product_gives(monkeypatch):
+    trajs = group_of(CALLS, REWARDS) + group_of([*reversed(CALLS)], [0, 1, 0, 0, 1, 0, 0, 1], group=1)
+    whole = advantages([Tapo(**EXAMPLE)], trajs)
+    monkeypatch.setattr("methods.tapo.similarity.ROWS", 2)
+    assert torch.equal(advantages([Tapo(**EXAMPLE)], trajs), whole)
+
+
 @pytest.mark.parametrize("shared", ["none", "a word"])
 def test_one_prompt_of_1024_rollouts_with_8_calls_each(shared):
     """8192 different calls in one group: work is done by sparse products in blocks, not in Python."""
