@@ -86,6 +86,10 @@ class Services:
         with self.counted("score"):
             return [self.task.score(text, row) for text, row in zip(texts, rows, strict=True)]
 
+    def measure(self, texts: Sequence[str], rows: Sequence[Any]) -> list[dict[str, float]]:
+        with self.counted("score"):
+            return [self.task.metrics(text, row) for text, row in zip(texts, rows, strict=True)]
+
     def embed(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), 512) unit vectors of hashed words and character trigrams: needs no model, same everywhere.
 
