@@ -120,7 +120,7 @@ def _torch() -> Iterator[Line]:
 
 
 def _trl() -> Iterator[Line]:
-    from experiments.trainer import self_check
+    from experiments.trl_check import self_check
 
     moved = self_check()
     for line in moved:

@@ -119,7 +119,7 @@ def _answers(cfg: DictConfig, engine: Any, name: str, task: Task, rows: list[Row
     e = cfg.eval
     if cfg.get("study"):
         return _study(cfg, engine, task, rows), []
-    if cfg.method:
+    if cfg.method or getattr(task, "tools", None) is not None:
         return _hooked(cfg, engine, name, task, rows)
     requests = make_requests(
         task, rows, samples=e.samples, temperature=e.temperature, top_p=e.top_p, max_tokens=e.max_tokens,

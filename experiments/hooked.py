@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.engines.base import Request, Result, Usage
+from experiments.engines.base import encode as ids_of
 from experiments.seeds import derive
 from methods.base import ConfigError, Context, Segment, Trajectory, Turn
 from methods.stack import Stack
@@ -37,7 +38,9 @@ def rollouts(
     """
     ctx.group_size = how.samples
     ctx.rows = stack.prepare_rows([row for row in items for _ in range(how.samples)], ctx)
-    ctx.trajs = stack.rollout(ctx.rows, ctx, lambda rows, slots=None: _sample(engine, rows, how, encode, slots))
+    task: Any = getattr(ctx.services, "task", None)
+    draw = _episodes if getattr(task, "tools", None) is not None else _sample
+    ctx.trajs = stack.rollout(ctx.rows, ctx, lambda rows, slots=None: draw(task, engine, rows, how, encode, slots))
     asked = [(row.id, False) for row in items for _ in range(how.samples)]
     if [(t.row_id, t.is_demo) for t in ctx.trajs] != asked:
         raise ConfigError(
@@ -47,7 +50,9 @@ def rollouts(
             expected="one own rollout per item and sample, in order",
             fix="look at ctx.mode in prepare_rows and rollout",
         )
-    return ctx.trajs, stack.eval_metrics(ctx.trajs, ctx)
+    columns = [task.episode_metrics(t, t.row) for t in ctx.trajs] if draw is _episodes else []
+    own = {name: [c[name] for c in columns] for name in columns[0]} if columns else {}
+    return ctx.trajs, own | stack.eval_metrics(ctx.trajs, ctx)
 
 
 def as_results(trajs: Sequence[Trajectory], samples: int) -> list[list[Result]]:
@@ -56,12 +61,35 @@ def as_results(trajs: Sequence[Trajectory], samples: int) -> list[list[Result]]:
     return [results[i : i + samples] for i in range(0, len(results), samples)]
 
 
-def prompt_field(prompt: str | list[dict]) -> dict[str, Any]:
-    """A row's prompt as the field of a request."""
+def _episodes(task: Any, engine: Any, rows: Sequence[Any], how: Sampling, encode, slots=None) -> list[Trajectory]:
+    """Episodes of a task with tools; the engine must know token ids."""
+    from experiments import rollout
+
+    if not hasattr(engine, "ends"):
+        raise ConfigError(
+            "a task with tools needs an engine that knows token ids",
+            where="engine",
+            got=engine.name,
+            fix="choose engine=transformers",
+        )
+    slots = slots or range(len(rows))
+    encode = encode or (lambda prompt: ids_of(engine.tokenizer, Request(**prompt_field(prompt)), engine.chat))
+    prompts = [encode(row.prompt) for row in rows]
+    seeds = [derive(how.seed, row.id, slot % how.samples) for row, slot in zip(rows, slots, strict=True)]
+    sampling = {"temperature": how.temperature, "top_p": how.top_p}
+    done = rollout.episodes(task, rows, prompts, engine, engine.tokenizer, seeds, how.max_tokens, **sampling)
+    return [
+        episode.trajectory(row, prompt, slot // how.samples, slot % how.samples)
+        for episode, row, prompt, slot in zip(done, rows, prompts, slots, strict=True)
+    ]
+
+
+def prompt_field(prompt: Any) -> dict[str, Any]:
+    """A row's prompt as a field of Request."""
     return {"prompt" if isinstance(prompt, str) else "messages": prompt}
 
 
-def _sample(engine: Any, rows: Sequence[Any], how: Sampling, encode, slots=None) -> list[Trajectory]:
+def _sample(task: Any, engine: Any, rows: Sequence[Any], how: Sampling, encode, slots=None) -> list[Trajectory]:
     slots = slots or range(len(rows))
     requests, ids_of = [], {}
     for i, row in enumerate(rows):

@@ -60,16 +60,20 @@ class Services:
         self.seconds.clear()
         return taken
 
+    def stream(self, name: str) -> int:
+        """A seed for the next use of the stream `name`: it goes on within a step and starts anew with each step, so
+        that a resumed run draws the same."""
+        if self._calls_step != self.step:
+            self._calls_step, self._calls = self.step, Counter()
+        self._calls[name] += 1
+        return derive(self.seed, "generate", name, self.step, self.rank, self._calls[name])
+
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]:
         from dataclasses import replace
 
         from experiments.engines.base import Request
 
-        # A stream goes on within a step; it starts anew with each step, so that a resumed run draws the same.
-        if self._calls_step != self.step:
-            self._calls_step, self._calls = self.step, Counter()
-        self._calls[stream] += 1
-        base = derive(self.seed, "generate", stream, self.step, self.rank, self._calls[stream])
+        base = self.stream(stream)
         with self.counted("generate"):
             requests = [Request(**r) if isinstance(r, dict) else r for r in requests]
             seeded = [replace(r, seed=derive(base, i)) if r.seed is None else r for i, r in enumerate(requests)]
@@ -80,6 +84,10 @@ class Services:
     def score(self, texts: Sequence[str], rows: Sequence[Any]) -> list[float]:
         with self.counted("score"):
             return [self.task.score(text, row) for text, row in zip(texts, rows, strict=True)]
+
+    def measure(self, texts: Sequence[str], rows: Sequence[Any]) -> list[dict[str, float]]:
+        with self.counted("score"):
+            return [self.task.metrics(text, row) for text, row in zip(texts, rows, strict=True)]
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), 512) unit vectors of hashed words and character trigrams: needs no model, same everywhere.

@@ -11,67 +11,26 @@ masks, MoE auxiliary loss.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from datasets import Dataset
-from packaging.version import Version
 from torch import Tensor
 from transformers import Trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from experiments import collect
+from experiments import collect, rollout
 from experiments.optim import add_modules
 from experiments.recorder import AfterStep
+from experiments.seeds import derive
 from experiments.services import TrainingServices
 from experiments.tokenizers import chat_ids, prefilled
+from experiments.trl_check import require_trl
 from methods.base import Batch, Context, LossContext, Trajectory, assemble
-from methods.errors import ConfigError
 from methods.stack import Stack
-
-TRL_RANGE = ("1.15", "1.17")
-RELIED_ON = {
-    "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations"),
-    "_generate_and_score_completions": ("inputs",),
-    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
-    "_tokenize_prompts": ("prompts",),
-    "_compute_loss": ("model", "inputs"),
-    "_prepare_inputs": ("generation_batch",),
-    "_save_checkpoint": ("model", "trial"),
-    "log": ("logs", "start_time"),
-}
-
-
-def self_check() -> list[str]:
-    """What has moved in TRL, one line each; an empty list when everything relied on is in place."""
-    problems = []
-    low, high = TRL_RANGE
-    if not Version(low) <= Version(version("trl")) < Version(high):
-        problems.append(f"trl {version('trl')} is outside the tested range >={low},<{high}")
-    for name, parameters in RELIED_ON.items():
-        method = getattr(GRPOTrainer, name, None)
-        if method is None:
-            problems.append(f"GRPOTrainer.{name} is gone")
-            continue
-        found = inspect.signature(method).parameters
-        problems += [f"GRPOTrainer.{name} lost its parameter '{p}'" for p in parameters if p not in found]
-    return problems
-
-
-def require_trl() -> None:
-    if problems := self_check():
-        raise ConfigError(
-            "this TRL is not the one assay was written for",
-            where="the installed package trl",
-            got="; ".join(problems),
-            expected=f"trl >={TRL_RANGE[0]},<{TRL_RANGE[1]}",
-            fix="pip install -c constraints.txt trl",
-        )
 
 
 def _unused_reward(*_, **__) -> list[float | None]:
@@ -174,17 +133,44 @@ class AssayTrainer(GRPOTrainer):
 
     def default_rollout(self, rows, slots: Sequence[int] | None = None) -> list[Trajectory]:
         """One generation per row; row i fills slot `slots[i]` (default i), slot j is sample j % G of group j // G."""
-        G = self.num_generations
+        slots, G = slots or range(len(rows)), self.num_generations
+        if self.task.tools is not None:
+            return self._tool_rollout(rows, slots)
         with self.services.counted("generation"):
             prompt_ids, images, fields = self._tokenize_prompts([self.wrap_prompt(row.prompt) for row in rows])
             completion_ids, logprobs = self._generate_single_turn(prompt_ids, images, fields, G)
         self.cost["generated_tokens"] += sum(map(len, completion_ids))
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        per_rank = self.args.per_device_train_batch_size * self.args.steps_per_generation // G
-        first, logprobs = self.accelerator.process_index * per_rank, logprobs or [None] * len(rows)
-        drawn = zip(rows, slots or range(len(rows)), prompt_ids, completion_ids, logprobs, texts, strict=True)
-        return [collect.trajectory(*one, ends=ends, group_size=G, first_group=first) for one in drawn]
+        logprobs = logprobs or [None] * len(rows)
+        drawn = zip(rows, slots, prompt_ids, completion_ids, logprobs, texts, strict=True)
+        return [collect.trajectory(*one, ends=ends, group_size=G, first_group=self._first_group) for one in drawn]
+
+    def _tool_rollout(self, rows, slots: Sequence[int]) -> list[Trajectory]:
+        """Episodes of a task with tools; each samples from a stream of its own, by its slot."""
+        how = {"temperature": self.args.temperature, "top_p": self.args.top_p}
+        stream, G = self.services.stream("rollout"), self.num_generations
+        with self.services.counted("generation"):
+            done = rollout.episodes(
+                self.task,
+                rows,
+                prompts := self.tokenize([row.prompt for row in rows]),
+                self.services.engine,
+                self._tokenizer,
+                [derive(stream, slot) for slot in slots],
+                self.max_completion_length,
+                **how,
+            )
+        self.cost["generated_tokens"] += sum(sum(episode.mask) for episode in done)
+        return [
+            episode.trajectory(row, prompt, self._first_group + slot // G, slot % G)
+            for episode, row, prompt, slot in zip(done, rows, prompts, slots, strict=True)
+        ]
+
+    @property
+    def _first_group(self) -> int:
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        return self.accelerator.process_index * (rows // self.num_generations)
 
     def _redraw_dead_groups(self, ctx: Context) -> None:
         """Dynamic sampling: groups whose rewards are all equal are replaced by new prompts, up to max_draws draws."""

@@ -88,8 +88,8 @@ def test_only_the_trainer_builds_on_trl_s_grpo_trainer():
     users = {
         name(p) for p in FILES if any(i.startswith(("trl.GRPOTrainer", "trl.trainer.grpo_trainer")) for i in imports(p))
     }
-    # The bench runs TRL's own trainer as it is, to compare with it.
-    assert users <= {"experiments/trainer.py", "experiments/bench.py"}
+    # The bench runs TRL's own trainer as it is, to compare with it; the check only looks at its signatures.
+    assert users <= {"experiments/trainer.py", "experiments/trl_check.py", "experiments/bench.py"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from experiments.engines.base import BaseEngine, Request, Result, Usage, encode, failed
+from experiments.engines.sampling import pick, uniforms
 from experiments.seeds import derive
 from methods.errors import ConfigError
 
@@ -71,7 +72,7 @@ class TransformersEngine(BaseEngine):
                 "The batch size is too small", where="engine.batch_size", got=batch_size, expected="at least 1"
             )
         self.tokenizer = tokenizer
-        self.model: Any = _unwrap(model)
+        self.model: Any = unwrap(model)
         self.batch_size, self.chat, self.device, self.logprobs = batch_size, chat, device, logprobs
 
     def identity(self) -> dict[str, Any]:
@@ -100,9 +101,9 @@ class TransformersEngine(BaseEngine):
         done: dict[int, list[Result | None]] = {}
         for index, request in enumerate(requests):
             ids = encode(self.tokenizer, request, self.chat)
-            room = self._context() - len(ids)
+            room = self.context() - len(ids)
             if not ids or room < 1:
-                problem = f"the prompt fills the context of {self._context()} tokens" if ids else "the prompt is empty"
+                problem = f"the prompt fills the context of {self.context()} tokens" if ids else "the prompt is empty"
                 yield index, failed(request, f"{problem} ({len(ids)} tokens)", len(ids))
                 continue
             setting = _Setting(min(request.max_tokens, room), request.temperature, request.top_p, request.stop)
@@ -124,14 +125,15 @@ class TransformersEngine(BaseEngine):
                         results: Any = done.pop(job.request)
                         yield job.request, results * (requests[job.request].n // len(results))
 
-    def _context(self) -> int:
+    def context(self) -> int:
+        """Most tokens that prompt and completion have together."""
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or 2**31
 
     def _batch(self, jobs: list[_Job], setting: _Setting) -> list[Result]:
         """One result per job. The only place that touches the model."""
         device = self.device or self.model.get_input_embeddings().weight.device
-        eos = _eos_ids(self.model, self.tokenizer)
+        eos = eos_ids(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id
         pad = pad if pad is not None else next(iter(eos), 0)
         width = max(len(job.ids) for job in jobs)
@@ -150,7 +152,7 @@ class TransformersEngine(BaseEngine):
             eos_token_id=sorted(eos) or None, pad_token_id=pad, return_dict_in_generate=False,
         )  # fmt: skip
         ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
-        with _inference(self.model, device):
+        with inference(self.model, device):
             out_BT = self.model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
@@ -197,6 +199,10 @@ class TransformersEngine(BaseEngine):
         usage = Usage(len(job.ids), len(ids))
         return Result(text, ids, logps[:end] if logps else None, "stop" if ends else "length", usage)
 
+    def ends(self) -> set[int]:
+        """Ids that end a completion."""
+        return eos_ids(self.model, self.tokenizer)
+
     def close(self) -> None:
         self.model = None
 
@@ -212,33 +218,19 @@ class _Sampler(LogitsProcessor):
         self.setting, self.width, self.want_logps = setting, width, logprobs
         self.logp_steps: list[torch.Tensor] = []
         if setting.temperature > 0:
-            draws = [torch.rand(setting.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-            self.uniform_BT = torch.stack(draws).to(device)
+            self.uniform_BT = uniforms(seeds, setting.max_tokens).to(device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.width
-        # `generate` may run one step beyond the budget before it notices the end (deferred stop check on GPUs).
-        token_B1 = self._pick(scores, min(step, self.setting.max_tokens - 1))
+        token_B1 = pick(scores, self._uniform(step), self.setting.temperature, self.setting.top_p)
         if self.want_logps:
             self.logp_steps.append(scores.log_softmax(-1).gather(1, token_B1))
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
 
-    def _pick(self, scores_BV: torch.Tensor, step: int) -> torch.Tensor:
-        if self.setting.temperature == 0:
-            return scores_BV.argmax(-1, keepdim=True)
-        probs_BV = (scores_BV / self.setting.temperature).softmax(-1)
-        if self.setting.top_p < 1:
-            sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-            # A token stays if the mass before it is below top_p: the smallest set that reaches top_p.
-            cut_BV = sorted_BV.cumsum(-1) - sorted_BV >= self.setting.top_p
-            cut_BV[:, 0] = False
-            probs_BV = probs_BV.masked_fill(torch.zeros_like(cut_BV).scatter(1, order_BV, cut_BV), 0.0)
-        cumulative_BV = probs_BV.cumsum(-1)
-        total_B1 = cumulative_BV[:, -1:]
-        target_B1 = self.uniform_BT[:, step : step + 1] * total_B1
-        # Rounding must not reach the total: beyond it there is no token.
-        target_B1 = torch.minimum(target_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-        return torch.searchsorted(cumulative_BV, target_B1, right=True)
+    def _uniform(self, step: int) -> torch.Tensor | None:
+        # `generate` may run one step beyond the budget before it notices the end (deferred stop check on GPUs).
+        step = min(step, self.setting.max_tokens - 1)
+        return self.uniform_BT[:, step : step + 1] if self.setting.temperature > 0 else None
 
     def logps(self) -> list[list[float]]:
         return torch.cat(self.logp_steps, dim=1).tolist()
@@ -265,7 +257,7 @@ class _StopText(StoppingCriteria):
 
 
 @contextlib.contextmanager
-def _inference(model: Any, device: Any) -> Iterator[None]:
+def inference(model: Any, device: Any) -> Iterator[None]:
     """Eval mode without gradients; afterwards each module's own mode and all random generators are as before."""
     modes = [(module, module.training) for module in model.modules()]
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
@@ -289,14 +281,14 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _unwrap(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """The model below DDP and similar wrappers; a peft model generates by itself."""
     while not hasattr(model, "generate") and hasattr(model, "module"):
         model = model.module
     return model
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
+def eos_ids(model: Any, tokenizer: Any) -> set[int]:
     config = getattr(model, "generation_config", None)
     found = getattr(config, "eos_token_id", None)
     found = found if isinstance(found, (list, tuple)) else [found]

@@ -11,10 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiments.seeds import derive
+from experiments.tools import Tools
 from methods.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from methods.base import Trajectory
 
 T = TypeVar("T")
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".csv")
@@ -66,12 +70,21 @@ class Task:
         """Outcome reward in [0, 1]; the gold answer scores 1."""
         raise NotImplementedError
 
-    def environment(self, row: Row) -> object | None:
-        """The tools that a rollout may call; None for a task that is one answer."""
+    @property
+    def tools(self) -> Tools | None:
+        """How episodes with tools run; None for a task that is one answer."""
+        return None
+
+    def environment(self, row: Row) -> Any:
+        """What one rollout acts on, made anew for each: an object with `tools`, callables by name."""
         return None
 
     def metrics(self, text: str, row: Row) -> dict[str, float]:
         """Further named values of one completion; every row of a task gives the same names."""
+        return {}
+
+    def episode_metrics(self, traj: Trajectory, row: Row) -> dict[str, float]:
+        """Further named values of one rollout with tools, from its turns; every row of a task gives the same names."""
         return {}
 
 

@@ -1,4 +1,5 @@
-r"""Scorers: how a completion is compared with a gold answer. Each takes (text, answer, options) and returns 0 or 1.
+r"""Scorers: how a completion is compared with a gold answer. Each takes (text, answer, options) and returns 0 or 1
+(`f1`: a share).
 
 All look at the final text first (`final_text`). A scorer never raises because of what a model wrote.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -27,6 +29,8 @@ MARKER = re.compile(  # the last alternative is Chinese for "the answer is"
 _TEX = re.compile(r"\\(?:text|mathrm|mathbf|textbf|boldsymbol|operatorname)\s*\{([^{}]*)\}")
 CLAUSE = re.compile(r"[)\]*_`]*,?\s+(?:is|are|was|can|cannot|does|and|or)\b", re.IGNORECASE)  # `(A) is wrong, so ...`
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?")
+_ANSWER_LINE = re.compile(r"^\W*(?:the\s+)?(?:final\s+)?answer\W*:[*_\s]*(\S.*?)[*_]*$", re.IGNORECASE | re.MULTILINE)
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LOOKALIKES = {0x2212: "-", 0xFF0D: "-", **{0xFF10 + digit: str(digit) for digit in range(10)}}  # minus, full width
 
 
@@ -233,12 +237,59 @@ def _is_word(text: str, at: int) -> bool:
     return text[at].islower() or (text[at] in "AI" and re.match(r"\s+[a-z]", rest) is not None)
 
 
+def em(text: str, answer: Any, options: Sequence[str] = ()) -> float:
+    """Exact match: the short answer equals the gold (or one of several) in SQuAD's normal form.
+
+    Nothing said is never right, also where the normal form of the gold is empty (`The The`, `A`, `+`): such a gold is
+    compared as it stands, whatever the case.
+    """
+    said = short_answer(text)
+    form = squad_form(said)
+    for gold in map(str, _alternatives(answer)):
+        wanted = squad_form(gold)
+        same = form == wanted if wanted else said.casefold() == gold.strip().casefold()
+        if said and same:
+            return 1.0
+    return 0.0
+
+
+def f1(text: str, answer: Any, options: Sequence[str] = ()) -> float:
+    """F1 of the words of the short answer against the gold's, as bags in SQuAD's normal form; the highest over golds.
+
+    A gold whose normal form is empty counts as in `em`.
+    """
+    if em(text, answer):
+        return 1.0
+    said = Counter(squad_form(short_answer(text)).split())
+    best = 0.0
+    for gold in _alternatives(answer):
+        wanted = Counter(squad_form(str(gold)).split())
+        shared = (said & wanted).total()
+        if shared:
+            best = max(best, 2 * shared / (said.total() + wanted.total()))
+    return best
+
+
+def short_answer(text: str) -> str:
+    """What a completion gives as its short answer: the last `<answer>...</answer>` after the last `</think>`, else the
+    rest of the last line that begins with `Answer:`, else the whole stripped text (after the last `</think>`)."""
+    text = final_text(text)
+    marked = _ANSWER_LINE.findall(text)
+    return (marked[-1] if marked else text).strip()
+
+
+def squad_form(text: str) -> str:
+    """The normal form of SQuAD's evaluation: lower case, no ASCII punctuation, no a/an/the, single spaces."""
+    text = text.lower().translate(_PUNCTUATION)
+    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
+
+
 def _alternatives(answer: Any) -> list:
     return list(answer) if isinstance(answer, (list, tuple)) else [answer]
 
 
 SCORERS: dict[str, Callable[[str, Any, Sequence[str]], float]] = {
-    f.__name__: f for f in (exact, number, math_verify, choice, contains)
+    f.__name__: f for f in (exact, number, math_verify, choice, contains, em, f1)
 }
 
 

@@ -8,7 +8,7 @@ import re
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from experiments.seeds import derive
 from experiments.tasks import scorers
@@ -40,12 +40,14 @@ SUFFIX = {
     "choice": "Answer with the letter of the right option on the last line, in the form `Answer: X`.",
     "exact": "",
     "contains": "",
+    "em": "Give a short answer inside <answer></answer>.",
+    "f1": "Give a short answer inside <answer></answer>.",
 }
 
 
 @dataclass
 class TableTask(Task):
-    """Rows of a table. A column set to `auto` is the first usual name that the table has (`USUAL`), null is none.
+    """Rows of a table. A column set to `auto` is the first usual name that the table has (`usual`), null is none.
 
     Where the rows of a split come from: the hub's split `splits[split]`; in a folder the files named after it; in a
     table with a split column the rows with that value; or all of `eval_path` for eval. Otherwise `eval_fraction` of
@@ -57,6 +59,8 @@ class TableTask(Task):
     options as shown under `lettered`. Demonstrations are read for train rows only: a text, chat messages of which the
     first one counts, or a list of texts (`Row.meta["demos"]`); an empty cell is none.
     """
+
+    usual: ClassVar[dict[str, tuple[str, ...]]] = USUAL
 
     path: str = ""
     subset: str | None = None
@@ -166,11 +170,11 @@ class TableTask(Task):
             if column not in found:
                 raise missing_column(column, found, source, self.config_key)
             return column
-        usual = next((name for name in USUAL.get(what, ()) if name in found), None)
+        usual = next((name for name in self.usual.get(what, ()) if name in found), None)
         if usual is None and what in ("prompt", "answer"):
-            guess = nearest(USUAL[what][0], found)
+            guess = nearest(self.usual[what][0], found)
             raise DataError(
-                f"The data has no {what} column by a usual name ({', '.join(USUAL[what])})",
+                f"The data has no {what} column by a usual name ({', '.join(self.usual[what])})",
                 where=source,
                 got="columns " + ", ".join(found),
                 fix=f"set {self.config_key}.{what}_column= to one of these" + (f"; {guess}" if guess else ""),

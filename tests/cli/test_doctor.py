@@ -42,8 +42,8 @@ def test_moved_trl_names_are_told(monkeypatch):
     import sys
     from types import ModuleType
 
-    fake = ModuleType("experiments.trainer")
+    fake = ModuleType("experiments.trl_check")
     fake.self_check = lambda: ["GRPOTrainer._x is gone"]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "experiments.trainer", fake)
+    monkeypatch.setitem(sys.modules, "experiments.trl_check", fake)
     line = next(doctor._trl())
     assert line[0] == "fail" and "GRPOTrainer._x is gone" in line[2] and "constraints.txt" in line[2]

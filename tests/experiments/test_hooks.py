@@ -738,13 +738,13 @@ def test_undeclared_token_credit_on_a_sequence_ratio_is_refused(make_trainer):
 def test_self_check_names_what_moved(monkeypatch):
     from trl import GRPOTrainer
 
-    from experiments import trainer
+    from experiments import trl_check
 
-    assert trainer.self_check() == []
+    assert trl_check.self_check() == []
     monkeypatch.delattr(GRPOTrainer, "_tokenize_prompts")
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, batch: None)
-    problems = trainer.self_check()
+    problems = trl_check.self_check()
     assert "GRPOTrainer._tokenize_prompts is gone" in problems
     assert "GRPOTrainer._compute_loss lost its parameter 'inputs'" in problems
     with pytest.raises(ConfigError, match="_tokenize_prompts"):
-        trainer.require_trl()
+        trl_check.require_trl()

@@ -1,0 +1,1 @@
+"""AutoSearch: adaptive search depth by self-answering (arXiv 2604.17337)."""
