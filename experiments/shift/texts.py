@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,8 +126,7 @@ def _trained_on(config: Mapping[str, Any]) -> set[str]:
     rows = task.rows("train", config.get("seed", 0))
     warm = None if model.get("init") else model.get("warm_start")
     if warm:
-        warm_rows = getattr(task, "warm_rows", None) or partial(task.rows, "train")
-        rows = [*rows, *warm_rows(config.get("seed", 0) if warm.get("seed") is None else warm["seed"])]
+        rows = [*rows, *task.warm_rows(config.get("seed", 0) if warm.get("seed") is None else warm["seed"])]
     return {_key(row.prompt) for row in rows}
 
 
