@@ -228,6 +228,16 @@ def test_segmentation_holds_to_its_rules(parts, first, gap, closed):
 # ---- segmentation, the cases beside the example
 
 
+@pytest.mark.parametrize(
+    ("first_gap", "gap", "points"),
+    [(0, 0, [3, 10, 18, 24]), (4, 0, [3, 10, 18, 24]), (5, 0, [10, 18, 24]), (0, 8, [3, 10, 18]), (0, 9, [3, 18])],
+)
+def test_cues_too_near_to_the_start_or_to_the_last_step_are_skipped(first_gap, gap, points):
+    text = "aa. But b. Wait c. So d. Hmm"
+    found = seg.split_points(text, seg.find_thinking(text), seg.cue_pattern(seg.CUES, True), first_gap, gap)
+    assert [at for at, _ in found] == points
+
+
 def test_a_cue_inside_a_longer_word_counts_only_without_word_boundary():
     text = "x. The attribute. Solve it. But no."
     found = {b: seg.split_points(text, seg.find_thinking(text), seg.cue_pattern(seg.CUES, b), 0, 0) for b in (0, 1)}
