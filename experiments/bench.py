@@ -268,14 +268,6 @@ def buffer(sizes: tuple[int, ...] = (10_000, 100_000), rows: int = 64, tokens: i
     batch, facts, scale = ctx.batch, torch.rand(rows, 10), Scale(tokens, 64, sizes[0] // rows)
     batch.old_logps_ST = torch.zeros_like(batch.adv_ST)
 
-    def median(action) -> float:
-        spent = []
-        for _ in range(count):
-            start = time.perf_counter()
-            action()
-            spent.append(time.perf_counter() - start)
-        return statistics.median(spent)
-
     for size in sizes:
         now, store = iter(range(10**9)), Buffer(size // rows)
         for _ in range(size // rows):
@@ -289,12 +281,23 @@ def buffer(sizes: tuple[int, ...] = (10_000, 100_000), rows: int = 64, tokens: i
             store.push(batch, facts, t)
             return best(scheduler.scores(context(store.facts(t), scale)), rows)
 
-        ratio, taken = median(choose) / step, choose()
+        ratio, taken = median_seconds(choose, count) / step, choose()
         print(f"  {size:>7} buffered ({megabytes:.0f} MB): push, evict, score / step {ratio:.3%},", end=" ")
-        print(f"take {rows} / step {median(lambda store=store, taken=taken: store.take(taken)) / step:.3%}")
+        taking = median_seconds(lambda store=store, taken=taken: store.take(taken), count)
+        print(f"take {rows} / step {taking / step:.3%}")
     some = store.take(torch.arange(method.refresh_max)).trajs
-    print(f"  refresh of {len(some)} / step             ", end="")
-    print(f"{median(lambda: ctx.forward(some, ('logps', 'entropies'))) / step:.3%}")
+    seen = median_seconds(lambda: ctx.forward(some, ("logps", "entropies")), count)
+    print(f"  refresh of {len(some)} / step              {seen / step:.3%}")
+
+
+def median_seconds(action, count: int) -> float:
+    """Median wall time of `count` calls."""
+    spent = []
+    for _ in range(count):
+        start = time.perf_counter()
+        action()
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
 
 
 def in_bytes(tensors: dict[str, Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from experiments.seeds import derive
 from experiments.tasks.arithmetic import SYMBOLS, demonstration, digits, expression, prompts, running_totals
@@ -30,6 +30,7 @@ class Choice(Task):
     symbols: tuple[str, ...] | None = (*SYMBOLS, *LETTERS)
     max_prompt_tokens: int = 0
     max_completion_tokens: int = 0
+    tiers: tuple[str, ...] = field(default=("all",), init=False)
     steps: int = 4
     demo_noise: float = 0.1
     guess: float = 0.35
