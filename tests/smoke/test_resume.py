@@ -103,7 +103,8 @@ def assert_equal(run, expected):
 @pytest.mark.parametrize("stack", STACKS)
 def test_kill_9_and_resume(stack, cache, whole, tmp_path):
     random.seed()
-    for step in sorted(random.sample(range(1, STEPS - 1), 2)):
+    kills = 2 if stack == "ha_dw" else 1  # twice is the same code once more
+    for step in sorted(random.sample(range(1, STEPS - 1), kills)):
         interrupt(start(tmp_path, stack, cache), tmp_path, step, signal.SIGKILL)
         assert not list(tmp_path.rglob("summary.json"))
     run, _ = finish(tmp_path, stack, cache)
