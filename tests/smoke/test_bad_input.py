@@ -100,7 +100,7 @@ def test_task_files(case, assay, tmp_path):
 
 
 DEMOS = {
-    "missing column": ({"shown": "2"}, "did you mean 'shown'"),
+    "missing column": ({"demos": "2"}, "did you mean 'demos'"),
     "no text": ({"demo": 7}, "row 1, column 'demo'"),
     "empty everywhere": ({"demo": ""}, "no training row has one"),
     "symbols that the tokenizer lacks": ({"demo": "2é"}, "does not give a demonstration back"),
