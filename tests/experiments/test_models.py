@@ -38,6 +38,9 @@ class Copy:
         words = ("a", "b", "ab", "ba")
         return [SimpleNamespace(id=str(i), prompt=w + "=", demo=w, meta={}) for i, w in enumerate(words)]
 
+    def warm_rows(self, seed):
+        return self.rows("train", seed)
+
 
 def weights(loaded):
     return {k: v.clone() for k, v in loaded.model.state_dict().items()}

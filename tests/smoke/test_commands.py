@@ -103,7 +103,7 @@ def test_sft_learns_and_resumes_exactly(environment, tmp_path):
     _, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     process = start(cut)
-    while not list(cut.rglob("step_10")):
+    while not list(cut.glob("raw/*/*/seed0/checkpoints/step_10")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
