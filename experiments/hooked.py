@@ -65,6 +65,7 @@ def _episodes(task: Any, engine: Any, rows: Sequence[Any], how: Sampling, encode
     """Episodes of a task with tools; the engine must know token ids."""
     from experiments import rollout
 
+    engine = getattr(engine, "engine", engine)  # the request cache holds completions, not episodes
     if not hasattr(engine, "ends"):
         raise ConfigError(
             "a task with tools needs an engine that knows token ids",

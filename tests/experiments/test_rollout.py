@@ -361,3 +361,27 @@ def test_bad_settings_of_the_world():
 def test_a_regular_expression_may_name_several_arguments():
     form = ToolText(call=r"<c>(?P<a>\w+),(?P<b>\w+)</c>", opening="<c>", tool="f")
     assert form.parse("<c>x,y</c>") == [{"tool": "f", "args": {"a": "x", "b": "y"}}]
+
+
+def test_evaluation_runs_episodes_through_the_request_cache(searcher, world, tmp_path):
+    from experiments import hooked
+    from experiments.engines.cache import CachedEngine
+    from experiments.services import Services
+    from methods.base import Context
+    from methods.objectives.base import Objective
+    from methods.stack import Stack
+
+    rows = world.rows("eval", 0)[:4]
+    how = hooked.Sampling(2, 1.0, 1.0, world.max_completion_tokens, 5)
+    runs = []
+    for cached in (False, True):
+        engine = TransformersEngine(searcher.model, searcher.tokenizer)
+        engine = CachedEngine(engine, tmp_path) if cached else engine
+        services = Services(engine, world, 0, SimpleNamespace(), searcher.tokenizer)
+        ctx = Context("eval", 0, 0, 2, services=services)
+        trajs, columns = hooked.rollouts(Stack([], Objective(), check=False), ctx, engine, rows, how)
+        runs.append(([t.segments[0].completion_ids for t in trajs], columns))
+    assert runs[0] == runs[1] and set(runs[0][1]) == {"searches", "excess", "seen", "waste"}
+    engine = SimpleNamespace(name="openai")
+    with pytest.raises(ConfigError, match="knows token ids"):
+        hooked.rollouts(Stack([], Objective(), check=False), ctx, engine, rows, how)
