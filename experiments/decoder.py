@@ -195,35 +195,40 @@ class CachedDecoder:
             return self._write(scores_NV, budget)
 
     def _write(self, scores_NV: Tensor, budget: dict[int, int]) -> dict[int, list[int]]:
-        written: dict[int, list[int]] = {row: [] for row in self.row_R}
-        left_N = torch.tensor([budget[row] for row in self.row_R], device=self.device)
-        busy = list(range(len(self.row_R)))  # slots that write, a prefix of the computed ones after a repack
+        rows = list(self.row_R)
+        left_R = torch.tensor([budget[row] for row in rows], device=self.device)
+        out_RT = torch.zeros(len(rows), int(left_R.max()), dtype=torch.long, device=self.device)
+        count_R = torch.zeros_like(left_R)  # written so far; these three keep the order of `rows`
+        at_R = torch.arange(len(rows), device=self.device)  # which of `rows` each slot holds
+        busy_N = torch.ones(len(rows), dtype=torch.bool, device=self.device)
         while True:
             n = scores_NV.shape[0]
             uniform_N1 = None
             if self.uniform_RT is not None:
                 uniform_N1 = self.uniform_RT[:n].gather(1, self.drawn_R[:n].unsqueeze(1))
             token_N1 = pick(scores_NV, uniform_N1, self.temperature, self.top_p)
-            tokens = token_N1.squeeze(1).tolist()
-            for slot in busy:
-                written[self.row_R[slot]].append(tokens[slot])
-            left_N[:n] -= 1
-            self.drawn_R[busy] += 1
-            over_N = (self.ends_V[token_N1.squeeze(1)] | (left_N[:n] <= 0)).tolist()
-            stops_N = self.may_stop_V[token_N1.squeeze(1)].tolist() if self.stop else [False] * n
-            busy = [s for s in busy if not (over_N[s] or (stops_N[s] and self._stopped(written[self.row_R[s]])))]
-            if not busy:
+            token_N, at = token_N1.squeeze(1), at_R[:n][busy_N]
+            out_RT[at, count_R[at]] = token_N[busy_N]
+            count_R[at] += 1
+            self.drawn_R[:n] += busy_N
+            busy_N &= ~self.ends_V[token_N] & (count_R[at_R[:n]] < left_R[at_R[:n]])
+            if self.stop:
+                for slot in (busy_N & self.may_stop_V[token_N]).nonzero().flatten().tolist():
+                    row = at_R[slot]
+                    busy_N[slot] = not self._stopped(out_RT[row, : count_R[row]].tolist())
+            writing = int(busy_N.sum())
+            if not writing:
                 break
-            if len(busy) < REPACK * n:
-                rest = [s for s in range(len(self.row_R)) if s not in set(busy)]
-                self._take(busy + rest)
-                left_N = left_N[torch.tensor(busy + rest, device=self.device)]
-                token_N1, busy = token_N1[torch.tensor(busy, device=self.device)], list(range(len(busy)))
-                n = len(busy)
+            if writing < REPACK * n:
+                waiting = (~busy_N).nonzero().flatten().tolist()
+                order = [*busy_N.nonzero().flatten().tolist(), *waiting, *range(n, len(rows))]
+                self._take(order)
+                at_R, token_N1 = at_R[torch.tensor(order, device=self.device)], token_N1[busy_N]
+                busy_N = busy_N[busy_N]
             # Rows that wait are computed along with no token of their own: padding.
-            count_N = torch.zeros(n, dtype=torch.long, device=self.device)
-            count_N[busy] = 1
-            scores_NV = self._forward(token_N1, count_N)
+            scores_NV = self._forward(token_N1, busy_N.long())
+        counts = count_R.tolist()
+        written = {row: ids[:k] for row, ids, k in zip(rows, out_RT.tolist(), counts, strict=True)}
         self._last = {row: [ids[-1]] for row, ids in written.items()}
         return written
 

@@ -58,6 +58,15 @@ class RunError(AssayError, RuntimeError):
     exit_code = 1
 
 
+def check_range(where: str, value: float, least: float, most: float = float("inf"), above: bool = False) -> None:
+    """ConfigError unless `least <= value <= most` (`above`: `least < value`); NaN and infinity are refused."""
+    inside = least < value if above else least <= value
+    if not (inside and value <= most and value < float("inf")):
+        low = f"above {least:g}" if above else f"at least {least:g}"
+        expected = low if most == float("inf") else f"{low} and at most {most:g}"
+        raise ConfigError("a setting is out of range", where=where, got=value, expected=expected)
+
+
 def nearest(word: str, choices, limit: int = 3) -> str:
     """A hint such as ``did you mean 'ha_dw'?`` or an empty string."""
     import difflib

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from methods.base import Batch, Context, LossContext
 from methods.demonstrations import Demonstrations, tokens_of
+from methods.errors import check_range
 
 
 @dataclass
@@ -38,6 +39,11 @@ class Srft(Demonstrations):
     entropy_weights: bool = True
 
     name = "srft"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("method.srft.sft_coefficient", self.sft_coefficient, 0.0)
+        check_range("method.srft.rl_coefficient", self.rl_coefficient, 0.0)
 
     # ---- flags that travel to the loss ----
     def select(self, batch: Batch, ctx: Context) -> Batch:

@@ -12,7 +12,7 @@ from torch import Tensor
 from methods.autosearch.probes import SelfAnswers, observed, self_answers
 from methods.autosearch.rewards import VARIANTS, Searched, repeats
 from methods.base import Context, Method, Trajectory, Turn
-from methods.errors import ConfigError
+from methods.errors import ConfigError, check_range
 
 
 @dataclass
@@ -56,6 +56,16 @@ class AutoSearch(Method):
                 got=self.variant,
                 expected=" or ".join(VARIANTS),
             )
+        check_range("method.autosearch.probe_tokens", self.probe_tokens, 1)
+        for key in ("search_form", "answer_form"):
+            try:
+                re.compile(getattr(self, key) or "")
+            except re.error as error:
+                raise ConfigError(
+                    "a form is no regular expression",
+                    where=f"method.autosearch.{key}",
+                    got=f"{getattr(self, key)}: {error}",
+                ) from error
 
     def token_rewards(self, trajs: list[Trajectory], ctx: Context) -> Tensor | None:
         batch = ctx.batch
@@ -114,6 +124,9 @@ class SearchDepth(Method):
     probe_tokens: int = 256
 
     name = "search_depth"
+
+    def __post_init__(self) -> None:
+        check_range("method.search_depth.probe_tokens", self.probe_tokens, 1)
 
     def eval_metrics(self, trajs: list[Trajectory], ctx: Context) -> dict[str, list[float]]:
         answers = self_answers(trajs, ctx, self.forced, self.probe_tokens, temperature=0.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Context, LossContext
-from methods.errors import ConfigError
+from methods.errors import ConfigError, check_range
 from methods.numerics import STD_EPS, group_stats, nanstd
 
 
@@ -41,6 +41,7 @@ class Objective:
                 got=self.scale_rewards,
                 expected="group, batch or none",
             )
+        check_range("objective.beta", self.beta, 0.0)
 
     @property
     def needs(self) -> frozenset[str]:

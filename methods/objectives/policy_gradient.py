@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from methods.base import LossContext
+from methods.errors import check_range
 from methods.objectives.base import Objective, kl_to_start, mean_over_rows, mean_over_tokens
 
 
@@ -55,6 +56,11 @@ class Grpo(PolicyGradient):
 
     name = "grpo"
     clips = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("objective.epsilon_low", self.epsilon_low, 0.0)
+        check_range("objective.epsilon_high", self.epsilon_high, 0.0)
 
     def token_loss(self, ratio: Tensor, lctx: LossContext) -> Tensor:
         low: Any

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Context, LossContext
+from methods.errors import check_range
 from methods.numerics import generalised_advantages
 from methods.objectives.base import mean_over_tokens
 from methods.objectives.credit import rewards_on_tokens, whiten
@@ -60,6 +61,15 @@ class Ppo(Grpo):
 
     name = "ppo"
     group_baseline = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("objective.gamma", self.gamma, 0.0, 1.0)
+        check_range("objective.lam", self.lam, 0.0, 1.0)
+        check_range("objective.dual_clip", self.dual_clip, 1.0, above=True)
+        check_range("objective.value_clip", self.value_clip, 0.0, above=True)
+        if self.critic_learning_rate is not None:
+            check_range("objective.critic_learning_rate", self.critic_learning_rate, 0.0, above=True)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Context
+from methods.errors import check_range
 from methods.numerics import trajectory_returns
 from methods.objectives.base import mean_over_tokens
 from methods.objectives.credit import rewards_on_tokens, whiten
@@ -31,6 +32,10 @@ class ReinforcePP(Grpo):
     scale_rewards: str = "none"
     name = "reinforce_pp"
     group_baseline = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("objective.gamma", self.gamma, 0.0, 1.0)
 
     @property
     def needs(self) -> frozenset[str]:

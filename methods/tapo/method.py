@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Batch, Context, Method
-from methods.errors import ConfigError, nearest
+from methods.errors import ConfigError, check_range, nearest
 from methods.tapo.matching import Rollouts, at_least, match
 from methods.tapo.record import Actions, actions_of, refuse_overlaps, rollout_means
 from methods.tapo.similarity import KINDS, Calls, Floats
@@ -56,13 +56,9 @@ class Tapo(Method):
     token_credit = True
 
     def __post_init__(self) -> None:
-        if self.theta <= 0 or min(self.alpha_min, self.beta) < 0:
-            raise ConfigError(
-                "a threshold or coefficient is out of range",
-                where="method.tapo",
-                got=f"theta={self.theta:g}, alpha_min={self.alpha_min:g}, beta={self.beta:g}",
-                expected="theta above 0, the others at least 0",
-            )
+        check_range("method.tapo.theta", self.theta, 0.0, above=True)
+        check_range("method.tapo.alpha_min", self.alpha_min, 0.0)
+        check_range("method.tapo.beta", self.beta, 0.0)
         if isinstance(self.exclude_tools, str):
             raise ConfigError(
                 "exclude_tools is a list of names",

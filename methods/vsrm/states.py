@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from methods.base import Context, Method, Trajectory
-from methods.errors import ConfigError
+from methods.errors import ConfigError, check_range
 from methods.vsrm.segmentation import CLOSE, CUES, Pieces, Trace, cue_pattern, segment
 
 SOLVED = 0.8  # a state from which so many answers are right counts as solved
@@ -40,10 +40,7 @@ class StateAccuracy(Method):
         if not self.cues or any(not isinstance(cue, str) or not cue for cue in self.cues):
             raise ConfigError("steps are opened by cue words", where=f"{where}.cues", got=list(self.cues))
         for key, least in (("first_gap", 0), ("gap", 0), ("samples", 1), ("max_tokens", 1)):
-            if getattr(self, key) < least:
-                raise ConfigError(
-                    "a setting is too small", where=f"{where}.{key}", got=getattr(self, key), expected=f">= {least}"
-                )
+            check_range(f"{where}.{key}", getattr(self, key), least)
         self._pattern = cue_pattern(list(self.cues), self.word_boundary)
         self._pieces: Pieces | None = None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Context, Trajectory
-from methods.errors import ConfigError
+from methods.errors import ConfigError, check_range
 from methods.vsrm.segmentation import Trace
 from methods.vsrm.states import StateAccuracy, ineffective_share, post_solution_share
 
@@ -48,6 +48,9 @@ class Vsrm(StateAccuracy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range("method.vsrm.gamma", self.gamma, 0.0, 1.0)
+        check_range("method.vsrm.lookahead", self.lookahead, 0)
+        check_range("method.vsrm.tol", self.tol, 0.0)
         if self.reward_at not in ("start", "end"):
             raise ConfigError(
                 "unknown place of the step reward", where="method.vsrm.reward_at", got=self.reward_at,
