@@ -372,9 +372,9 @@ def test_excluded_tools_match_nothing_but_count():
 @pytest.mark.parametrize(
     ("keys", "words_"),
     [
-        ({"theta": 0.0}, "theta=0"),
-        ({"beta": -0.1}, r"beta=-0\.1"),
-        ({"alpha_min": -1.0}, "alpha_min=-1"),
+        ({"theta": 0.0}, r"tapo\.theta\. Got: 0\.0"),
+        ({"beta": -0.1}, r"tapo\.beta\. Got: -0\.1"),
+        ({"alpha_min": -1.0}, r"tapo\.alpha_min\. Got: -1"),
         ({"schema": {"search": {"query": "txt"}}}, "did you mean 'text'"),
         ({"schema": {"search": {}}}, "name at least one field"),
         ({"exclude_tools": "search"}, r"write \[search\]"),
