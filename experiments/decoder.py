@@ -7,6 +7,7 @@ ended a turn wait behind those that still write; rows that are not asked for aga
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,7 +103,8 @@ class CachedDecoder:
         vocabulary = self.model.get_input_embeddings().num_embeddings
         self.ends_V = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
         self.ends_V[sorted(eos_ids(self.model, tokenizer))] = True
-        self.may_stop_V = _last_characters(tokenizer, stop, vocabulary).to(self.device)
+        whole_V, may_V = _stopping_tokens(tokenizer, stop, vocabulary)
+        self.ends_V, self.may_stop_V = self.ends_V | whole_V.to(self.device), may_V.to(self.device)
         self.computed_tokens = 0
         self.layers = [_Layer() for _ in range(self.model.config.get_text_config().num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
@@ -237,11 +239,18 @@ class CachedDecoder:
         return any(text in tail for text in self.stop)
 
 
-def _last_characters(tokenizer: Any, stop: tuple[str, ...], vocabulary: int) -> Tensor:
-    """(V,) whether a token's text holds the last character of a stop text; only then a row's tail is looked at."""
-    may_V = torch.zeros(vocabulary, dtype=torch.bool)
+@functools.lru_cache(maxsize=8)
+def _stopping_tokens(tokenizer: Any, stop: tuple[str, ...], vocabulary: int) -> tuple[Tensor, Tensor]:
+    """(V,) tokens that hold a whole stop text; (V,) tokens that can end one begun before, whose row must be looked at.
+
+    A token that is part of a character may be either's end.
+    """
+    whole_V = torch.zeros(vocabulary, dtype=torch.bool)
+    may_V = torch.zeros_like(whole_V)
     if stop:
-        last = {text[-1] for text in stop}
-        for token, text in enumerate(tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])):
-            may_V[token] = any(character in text for character in last)
-    return may_V
+        ends = tuple(text[k:] for text in stop for k in range(1, len(text)))
+        tokens = tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])
+        for token, text in enumerate(tokens):
+            whole_V[token] = any(s in text for s in stop)
+            may_V[token] = text.startswith(ends) or "\ufffd" in text
+    return whole_V, may_V & ~whole_V

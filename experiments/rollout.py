@@ -102,13 +102,14 @@ class ToolLoop:
         """Carries out all calls of this round; the ids that follow, for the episodes that have room to go on."""
         jobs = [(episodes[i].env, call) for i in going_on for call in episodes[i].turns[-1].calls]
         results = iter(self.runner(jobs))
-        appended = {}
         for i in going_on:
-            episode, turn = episodes[i], episodes[i].turns[-1]
+            turn = episodes[i].turns[-1]
             turn.result = "\n".join(next(results) for _ in turn.calls) if turn.calls else self.tools.notice
-            ids = self.result_ids(turn.result, self.tools.max_result_tokens)
-            if len(episode.ids) + len(ids) < episode.room:
-                episode.add(ids, by_model=False)
+        shown = self.result_ids([episodes[i].turns[-1].result or "" for i in going_on], self.tools.max_result_tokens)
+        appended = {}
+        for i, ids in zip(going_on, shown, strict=True):
+            if len(episodes[i].ids) + len(ids) < episodes[i].room:
+                episodes[i].add(ids, by_model=False)
                 appended[i] = ids
         return appended
 

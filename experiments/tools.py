@@ -96,25 +96,27 @@ FORMS = {"hermes": HERMES, "search": SEARCH}
 
 
 class ResultIds:
-    """`ids(text)`: the tokens that stand between a model's call and its next turn, never re-tokenised with it.
+    """The tokens that stand between a model's call and its next turn, never re-tokenised with it.
 
     For a chat form that is what the template puts between the end of an assistant's turn and the next one. ConfigError
     for a template that cannot show a tool's message or rewrites the turns before it.
     """
 
     def __init__(self, tokenizer: Any, form: ToolText) -> None:
-        self.tokenizer, self.form = tokenizer, form
-        self.around = _template_around(tokenizer, form.role) if form.chat else ("", "")
+        self.tokenizer = tokenizer
+        before, after = _template_around(tokenizer, form.role) if form.chat else ("", "")
+        opening, closing = form.result.split("{}")
+        self.before, self.after = self._ids([before + opening, closing + after])
 
-    def __call__(self, result: str, most: int) -> list[int]:
-        """At most `most` ids of the result itself, and what stands around it."""
-        before, after = self.around
-        opening, closing = self.form.result.split("{}")
-        inner = self._ids(result)
-        return [*self._ids(before + opening), *inner[:most], *self._ids(closing + after)]
+    def __call__(self, results: Sequence[str], most: int) -> list[list[int]]:
+        """For each result at most `most` ids of its own, and what stands around it."""
+        return [[*self.before, *inner[:most], *self.after] for inner in self._ids(results)]
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        # Together: a call of the tokenizer costs far more than the few tokens of one result.
+        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
 
 def _template_around(tokenizer: Any, role: str) -> tuple[str, str]:

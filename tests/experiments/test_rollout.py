@@ -158,14 +158,14 @@ def test_results_stand_where_the_template_puts_them():
     from experiments.tokenizers import tiny_tokenizer
 
     tokenizer = tiny_tokenizer(chat=True)
-    ids = ResultIds(tokenizer, HERMES)("42", 10)
+    (ids,) = ResultIds(tokenizer, HERMES)(["42"], 10)
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     whole = tokenizer.apply_chat_template(
         [*messages, {"role": "tool", "content": "42"}], tokenize=False, add_generation_prompt=True
     )
     before = tokenizer.apply_chat_template(messages, tokenize=False)
     assert before + tokenizer.decode(ids) == whole
-    assert len(ResultIds(tokenizer, HERMES)("4" * 100, 10)) == len(ids) + 8
+    assert [len(shown) for shown in ResultIds(tokenizer, HERMES)(["4" * 100, ""], 10)] == [len(ids) + 8, len(ids) - 2]
 
 
 def test_a_template_without_tools_is_refused():
@@ -234,7 +234,9 @@ def test_masked_tokens_are_exactly_the_tool_text(searcher, world):
         expected = []
         for t in episode.turns:
             if t.result is not None:
-                expected += ResultIds(searcher.tokenizer, world.tools.form)(t.result, world.tools.max_result_tokens)
+                expected += ResultIds(searcher.tokenizer, world.tools.form)([t.result], world.tools.max_result_tokens)[
+                    0
+                ]
         assert tool == expected[: len(tool)]
         if "error" not in shown:
             assert searcher.tokenizer.decode(tool) == shown[: len(searcher.tokenizer.decode(tool))]
