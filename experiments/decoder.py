@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from experiments import lean
 from experiments.engines.sampling import pick, uniforms
 from experiments.engines.transformers import eos_ids, inference, unwrap
 
@@ -65,7 +66,7 @@ class _Layer(CacheLayerMixin):
         self.rows = len(index)
         if self.is_initialized:
             assert self.keys is not None and self.values is not None
-            self.keys, self.values = self.keys[index], self.values[index]
+            self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.view[1], 0
@@ -108,6 +109,8 @@ class CachedDecoder:
         self.computed_tokens = 0
         self.layers = [_Layer() for _ in range(self.model.config.get_text_config().num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
+        with torch.no_grad():
+            self.lean = lean.Lean(self.model) if lean.fits(self.model) else None
         self._last: dict[int, list[int]] = {}  # the id that ended each row's turn: sampled, not yet computed
         self.row_R = list(range(len(seeds)))  # rows in the order of the cache
         self.length_R = torch.zeros(len(seeds), dtype=torch.long, device=self.device)
@@ -148,16 +151,22 @@ class CachedDecoder:
         mask_N1LW = mask_N1LW.masked_fill_(hidden, MASKED if self.model.dtype != torch.float16 else -6e4).unsqueeze(1)
         for layer in self.layers:
             layer.place, layer.view = (rows, columns), (n, width)
+        scores_NV = self._scores(ids_NL, position_NL.clamp(min=0), mask_N1LW)
+        self.length_R[:n] += count_N
+        self.computed_tokens += int(count_N.sum())
+        return scores_NV
+
+    def _scores(self, ids_NL: Tensor, position_NL: Tensor, mask_N1LW: Tensor) -> Tensor:
+        if self.lean is not None:
+            return self.lean(ids_NL, position_NL, mask_N1LW, self.layers)
         out = self.model(
             input_ids=ids_NL,
             attention_mask=mask_N1LW,
-            position_ids=position_NL.clamp(min=0),
+            position_ids=position_NL,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.length_R[:n] += count_N
-        self.computed_tokens += int(count_N.sum())
         return out.logits[:, -1].float()
 
     def _read(self, texts: list[list[int]]) -> Tensor:
@@ -189,7 +198,8 @@ class CachedDecoder:
 
         Rows that are not named are finished. The id that ended a row's turn is computed with what is appended next.
         """
-        with inference(self.model, self.device):
+        # Nothing in the lean forward depends on the mode of a module or draws a number.
+        with torch.no_grad() if self.lean else inference(self.model, self.device):
             first = not self.layers[0].is_initialized
             self._take([slot for slot, row in enumerate(self.row_R) if row in appended])
             texts = [self._last.get(row, []) + appended[row] for row in self.row_R]

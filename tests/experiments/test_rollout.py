@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments import lean
 from experiments.decoder import CachedDecoder, supports
 from experiments.engines.sampling import pick, uniforms
 from experiments.engines.transformers import TransformersEngine
@@ -80,6 +81,80 @@ def test_turns_equal_full_forwards_whoever_the_neighbours_are(searcher, world, t
         appended = {i: [4, 5, 6, 7, 8][: 1 + i % 5] for i in written if i % (turn + 2)}
         budget = {i: 9 - i % 4 for i in appended}
         history = {i: history[i] + appended[i] for i in appended}
+
+
+def small_models():
+    """A Qwen3 and a Llama, both with queries that share keys and with norms that are not all one."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    size = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    for config, kind in ((Qwen3Config, Qwen3ForCausalLM), (LlamaConfig, LlamaForCausalLM)):
+        torch.manual_seed(0)
+        model = kind(config(**size, tie_word_embeddings=False)).eval()
+        for name, weight in model.named_parameters():
+            torch.nn.init.normal_(weight, float("norm" in name), 0.3)
+        yield model
+
+
+def test_the_lean_forward_is_the_models_own():
+    """Rows of several lengths, padded on the left, then single tokens, against a forward over each row alone."""
+    tokenizer = Vocabulary([])
+    texts = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
+    for model in small_models():
+        assert lean.fits(model)
+        decoder = CachedDecoder(model, tokenizer, [0, 1, 2], 8, temperature=0.0)
+        assert decoder.lean is not None
+        with torch.no_grad():
+            for more in ([], [12], [13]):
+                scores_NV = decoder._read([more or t for t in texts]) if more else decoder._read_prompts(texts)
+                texts = [t + more for t in texts]
+                for row, text in enumerate(texts):
+                    own_V = model(input_ids=torch.tensor([text])).logits[0, -1]
+                    assert torch.allclose(scores_NV[row].log_softmax(-1), own_V.log_softmax(-1), atol=1e-5)
+
+
+def test_models_that_the_lean_forward_would_get_wrong_go_their_own_way():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model, _ = small_models()
+    assert not lean.fits(model.to(torch.bfloat16))
+    size = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    size |= {"num_attention_heads": 4}
+    for odd in ({"attention_bias": True}, {"hidden_act": "gelu"}, {"mlp_bias": True}):
+        assert not lean.fits(LlamaForCausalLM(LlamaConfig(**size, **odd))), odd
+    adapted = LlamaForCausalLM(LlamaConfig(**size))
+    assert lean.fits(adapted)
+    adapted.model.layers[0].self_attn.v_proj = torch.nn.Sequential(adapted.model.layers[0].self_attn.v_proj)
+    assert not lean.fits(adapted)
+
+
+@pytest.mark.parametrize("cut", range(9))
+def test_stop_texts_over_any_cut_of_tokens(cut):
+    """`</search>` written in two tokens, or in one with something around it; other tokens never end a turn."""
+    from experiments.decoder import _stopping_tokens
+
+    stop = "</search>"
+    parts = [stop[:cut], stop[cut:] + "\n"] if cut else [f"a{stop}b"]
+    tokenizer = Vocabulary([*parts, "<search>", "search", "a>", "\ufffd", " "])
+    whole_V, may_V = _stopping_tokens(tokenizer, (stop,), len(tokenizer))
+    assert whole_V.tolist() == [not cut] + [False] * (len(tokenizer) - 1)
+    assert [tokenizer.texts[i] for i in may_V.nonzero().flatten()] == [*parts[1:], "\ufffd"]
+
+
+class Vocabulary:
+    """Tokens with given texts."""
+
+    eos_token_id = 1
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+    def batch_decode(self, rows):
+        return ["".join(self.texts[i] for i in row) for row in rows]
 
 
 def test_nothing_is_computed_twice(searcher, world):
