@@ -1,4 +1,4 @@
-"""Speed side by side, in one process and one sitting: python -m experiments.bench [steps|hooks|buffer|startup|tapo]
+"""Speed side by side, in one process and one sitting: python -m experiments.bench [PART...], by default all of them.
 
 steps    step time of this trainer with an empty and with an identity stack, against plain GRPOTrainer. The three
          trainers take turns step by step, each with its own random stream, so that a pair of steps sees the same
@@ -7,6 +7,7 @@ hooks    each method's hook time over step time, at 64 completion tokens and 64,
 buffer   rollout bandits: the hook with a full pool, and the buffer of 10,000 and 100,000 rollouts, over step time.
 startup  `assay --help` against `trl --help`, taking turns.
 tapo     TAPO's hook over step time at 128 rollouts of 8 calls each, and how the hook grows with the rollouts.
+rollout  episodes with tools: tokens per second of the rollout and time of a step, against TRL's own tool loop.
 
 All figures are ratios with a 95 % bootstrap interval of the median; absolute times belong to one machine.
 """
@@ -70,7 +71,7 @@ class Baton:
             self.condition.notify_all()
 
 
-def turns(trainer, name: str, baton: Baton, seed: int):
+def turns(trainer, name: str, baton: Baton, seed: int, clock=time.perf_counter):
     """A callback that passes the baton after every step; what happens between two steps is timed as well."""
     from transformers import TrainerCallback, set_seed
 
@@ -78,14 +79,14 @@ def turns(trainer, name: str, baton: Baton, seed: int):
         def on_train_begin(self, args, state, control, **kw):
             baton.wait(name)
             set_seed(seed)
-            self.started = time.perf_counter()
+            self.started = clock()
 
         def on_step_end(self, args, state, control, **kw):
-            baton.seconds[name].append(time.perf_counter() - self.started)
+            baton.seconds[name].append(clock() - self.started)
             baton.release(name)
             if state.global_step < args.max_steps:
                 baton.wait(name)
-            self.started = time.perf_counter()
+            self.started = clock()
 
     trainer.add_callback(Turns())
 
@@ -206,17 +207,9 @@ def hooks(sizes: tuple[int, ...] = (64, 256, 1024), tokens: int = 64, count: int
         runs_on: Any = get_class(conf._target_)
         objective = [f"objective={runs_on.objectives[0]}"] if runs_on.objectives else []
         for rows in sizes:
-            words = [
-                *objective,
-                f"method=[{name}]",
-                f"trainer.prompts_per_step={rows // 8}",
-                "trainer.rows_per_device=64",
-            ]
-            words += [
-                f"trainer.max_completion_tokens={tokens}",
-                f"trainer.max_steps={count + 1}",
-                "trainer.save_every=0",
-            ]
+            words = [*objective, f"method=[{name}]", f"trainer.prompts_per_step={rows // 8}"]
+            words += ["trainer.rows_per_device=64", f"trainer.max_completion_tokens={tokens}"]
+            words += [f"trainer.max_steps={count + 1}", "trainer.save_every=0"]
             cfg = configuration(*words, "model.warm_start=null", "eval.every=0")
             task = instantiate(cfg.task)
             loaded = instantiate(cfg.model).load(task, 0)
@@ -389,7 +382,9 @@ def tapo(sizes: tuple[int, ...] = (128, 512, 2048, 8192), tokens: int = 128, cou
 
 
 def main(words: list[str]) -> None:
-    parts = {"steps": steps, "hooks": hooks, "buffer": buffer, "startup": startup, "tapo": tapo}
+    from experiments.bench_rollout import rollout
+
+    parts = {"steps": steps, "hooks": hooks, "buffer": buffer, "startup": startup, "tapo": tapo, "rollout": rollout}
     for name in words or parts:
         if name not in parts:
             sys.exit(f"unknown part '{name}'; choose from {', '.join(parts)}")
