@@ -60,7 +60,8 @@ class Case:
     template: str
     response: dict[str, Any]
     end: str | None = None
-    sampled: bool = True
+    pairs: int = 30
+    warm_up: int = bench.WARM_UP
 
 
 WORLD = ("task=search_world", "trainer.prompts_per_step=16", "trainer.rollouts_per_prompt=8")
@@ -81,7 +82,7 @@ REAL = (*REAL, "task.suffix=''", "trainer.prompts_per_step=4", "trainer.rollouts
 CASES = (
     Case("0.08 M", WORLD, WORLD_TEMPLATE, WORLD_RESPONSE, "</s>"),
     Case("0.6 M", (*WORLD, *LARGER), WORLD_TEMPLATE, WORLD_RESPONSE, "</s>"),
-    Case("smollm2", (*REAL, "trainer.max_completion_tokens=192"), CHAT_TEMPLATE, CHAT_RESPONSE, sampled=False),
+    Case("smollm2", (*REAL, "trainer.max_completion_tokens=96"), CHAT_TEMPLATE, CHAT_RESPONSE, pairs=5, warm_up=1),
 )
 
 
@@ -187,11 +188,11 @@ def trl_trainer(ours: Any, case: Case, loaded: Any, task: Any, rows: list[Any]):
     return trainer
 
 
-def prepared(case: Case, temperature: float, pairs: int) -> tuple[Any, Any, Any]:
+def prepared(case: Case, temperature: float) -> tuple[Any, Any, Any]:
     """Configuration, task and model of a case; the task gives the rows that both sides train on."""
     from hydra.utils import instantiate
 
-    words = [f"trainer.max_steps={pairs + bench.WARM_UP}", "trainer.save_every=0", "eval.every=0"]
+    words = [f"trainer.max_steps={case.pairs + case.warm_up}", "trainer.save_every=0", "eval.every=0"]
     words += ["trainer.learning_rate=0", f"trainer.temperature={temperature}", *case.words]
     if "task=multihop_qa" in words:
         data = Path(os.environ["ASSAY_DATA"]) / "multihop_qa"
@@ -207,11 +208,11 @@ def prepared(case: Case, temperature: float, pairs: int) -> tuple[Any, Any, Any]
     return cfg, task, loaded
 
 
-def measure(case: Case, temperature: float, pairs: int) -> tuple[dict[str, Watch], dict[str, list[float]]]:
+def measure(case: Case, temperature: float) -> tuple[dict[str, Watch], dict[str, list[float]]]:
     """Both sides' watches and CPU seconds per step, warm-up included."""
     from experiments.decoder import CachedDecoder
 
-    cfg, task, loaded = prepared(case, temperature, pairs)
+    cfg, task, loaded = prepared(case, temperature)
     watches = {"ours": Watch(), "TRL": Watch()}
 
     def read(trajs):
@@ -236,9 +237,9 @@ def measure(case: Case, temperature: float, pairs: int) -> tuple[dict[str, Watch
     return watches, baton.seconds
 
 
-def report(case: Case, temperature: float, pairs: int) -> None:
-    watches, seconds = measure(case, temperature, pairs)
-    kept = slice(bench.WARM_UP, None)
+def report(case: Case, temperature: float) -> None:
+    watches, seconds = measure(case, temperature)
+    kept = slice(case.warm_up, None)
     ours, trl = watches["ours"], watches["TRL"]
     episodes = [a == b for x, y in zip(ours.ids[kept], trl.ids[kept], strict=True) for a, b in zip(x, y, strict=True)]
     print(f"{case.name}, temperature {temperature:g}, {len(ours.ids[0])} episodes a step; ", end="")
@@ -260,11 +261,15 @@ def report(case: Case, temperature: float, pairs: int) -> None:
         print(f"  {what}, ours / TRL: {bench.interval(ratios)}, from {min(ratios):.2f} to {max(ratios):.2f}")
 
 
-def rollout(pairs: int = 30, pairs_of_smollm2: int = 5) -> None:
-    """Every case at temperature 1e-3, the tiny ones at temperature 1 too; seconds are the thread's, on one core."""
+def rollout(*names: str) -> None:
+    """Every case, or those named, at temperature 1e-3, the tiny ones at temperature 1 too.
+
+    Seconds are CPU seconds of the one thread that a side runs in.
+    """
     import torch
 
     torch.set_num_threads(1)
     for case in CASES:
-        for temperature in (1e-3, 1.0) if case.sampled else (1e-3,):
-            report(case, temperature, pairs if case.sampled else pairs_of_smollm2)
+        if not names or case.name in names:
+            for temperature in (1e-3, 1.0) if case.end else (1e-3,):
+                report(case, temperature)

@@ -57,32 +57,29 @@ def rollouts(
 
 def as_results(trajs: Sequence[Trajectory], samples: int) -> list[list[Result]]:
     """Trajectories as engine results, `samples` per item, for scoring."""
-    results = [Result(t.text, None, None, t.finish, Usage(0, t.length)) for t in trajs]  # type: ignore[arg-type]
+    results = []
+    for t in trajs:
+        usage, lost = Usage(0, t.length or sum(turn.end - turn.start for turn in t.turns)), t.finish == "error"
+        results.append(Result("" if lost else t.text, None, None, t.finish, usage, t.text if lost else None))  # type: ignore[arg-type]
     return [results[i : i + samples] for i in range(0, len(results), samples)]
 
 
 def _episodes(task: Any, engine: Any, rows: Sequence[Any], how: Sampling, encode, slots=None) -> list[Trajectory]:
-    """Episodes of a task with tools; the engine must know token ids."""
-    from experiments import rollout
+    """Episodes of a task with tools: in token ids where the engine knows them, else in messages."""
+    from experiments import messages, rollout
 
-    engine = getattr(engine, "engine", engine)  # the request cache holds completions, not episodes
-    if not hasattr(engine, "ends"):
-        raise ConfigError(
-            "a task with tools needs an engine that knows token ids",
-            where="engine",
-            got=engine.name,
-            fix="choose engine=transformers",
-        )
     slots = slots or range(len(rows))
-    encode = encode or (lambda prompt: ids_of(engine.tokenizer, Request(**prompt_field(prompt)), engine.chat))
-    prompts = [encode(row.prompt) for row in rows]
     seeds = [derive(how.seed, row.id, slot % how.samples) for row, slot in zip(rows, slots, strict=True)]
     sampling = {"temperature": how.temperature, "top_p": how.top_p}
-    done = rollout.episodes(task, rows, prompts, engine, engine.tokenizer, seeds, how.max_tokens, **sampling)
-    return [
-        episode.trajectory(row, prompt, slot // how.samples, slot % how.samples)
-        for episode, row, prompt, slot in zip(done, rows, prompts, slots, strict=True)
-    ]
+    ids = [(slot // how.samples, slot % how.samples) for slot in slots]
+    model = getattr(engine, "engine", engine)  # the request cache holds completions, not episodes
+    if not hasattr(model, "ends"):
+        talks = messages.episodes(task, rows, engine, seeds, how.max_tokens, **sampling)
+        return [messages.trajectory(t, row, *at) for t, row, at in zip(talks, rows, ids, strict=True)]
+    encode = encode or (lambda prompt: ids_of(model.tokenizer, Request(**prompt_field(prompt)), model.chat))
+    prompts = [encode(row.prompt) for row in rows]
+    done = rollout.episodes(task, rows, prompts, model, model.tokenizer, seeds, how.max_tokens, **sampling)
+    return [e.trajectory(row, p, *at) for e, row, p, at in zip(done, rows, prompts, ids, strict=True)]
 
 
 def prompt_field(prompt: Any) -> dict[str, Any]:
@@ -110,9 +107,9 @@ def _sample(task: Any, engine: Any, rows: Sequence[Any], how: Sampling, encode, 
             group_id=slots[i] // how.samples,
             sample_id=slots[i] % how.samples,
             segments=[Segment(requests[i].prompt_ids or [], result.ids or [])],
-            turns=[Turn(0, 0, len(result.ids or []))],
+            turns=[Turn(0, 0, result.usage.completion_tokens)],
             finish=result.finish,
-            text=result.text,
+            text=result.text or result.error or "",
             row=row,
         )
         for i, (row, result) in enumerate(zip(rows, results, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -86,25 +85,19 @@ class ToolLoop:
 
     def _record(self, episode: Episode, ids: list[int], text: str) -> bool:
         """Records a turn of the model; whether the episode waits for results."""
-        calls = self.tools.form.parse(text)
+        kind, calls = self.tools.read(text)
         cut = not ids or (ids[-1] not in self.ends and not any(s in text for s in self.tools.form.stop))
-        answer = not calls and (self.tools.answer is None or re.search(self.tools.answer, text, re.DOTALL) is not None)
-        kind = "call" if calls else "answer" if answer else "invalid"
         episode.turns.append(Turn(0, len(episode.ids), len(episode.ids) + len(ids), kind, calls))
         episode.add(ids, by_model=True)
         episode.texts.append(text)
         if not episode.ids:  # nothing could be written; a completion has at least one id
             episode.add([min(self.ends)], by_model=False)
-        episode.finish = "stop" if answer and not cut else "length"
-        return not cut and not answer and len(episode.turns) <= self.tools.max_calls
+        episode.finish = "stop" if kind == "answer" and not cut else "length"
+        return not cut and kind != "answer" and len(episode.turns) <= self.tools.max_calls
 
     def _answer(self, episodes: list[Episode], going_on: list[int]) -> dict[int, list[int]]:
         """Carries out all calls of this round; the ids that follow, for the episodes that have room to go on."""
-        jobs = [(episodes[i].env, call) for i in going_on for call in episodes[i].turns[-1].calls]
-        results = iter(self.runner(jobs))
-        for i in going_on:
-            turn = episodes[i].turns[-1]
-            turn.result = "\n".join(next(results) for _ in turn.calls) if turn.calls else self.tools.notice
+        carry_out(self.runner, self.tools, [(episodes[i].env, episodes[i].turns[-1]) for i in going_on])
         shown = self.result_ids([episodes[i].turns[-1].result or "" for i in going_on], self.tools.max_result_tokens)
         appended = {}
         for i, ids in zip(going_on, shown, strict=True):
@@ -112,6 +105,13 @@ class ToolLoop:
                 episodes[i].add(ids, by_model=False)
                 appended[i] = ids
         return appended
+
+
+def carry_out(runner: ToolRunner, tools: Tools, waiting: Sequence[tuple[Environment, Turn]]) -> None:
+    """Sets each turn's `result`: those of its calls, line by line, or the notice that it was no answer."""
+    results = iter(runner([(env, call) for env, turn in waiting for call in turn.calls]))
+    for _, turn in waiting:
+        turn.result = "\n".join(next(results) for _ in turn.calls) if turn.calls else tools.notice
 
 
 def episodes(

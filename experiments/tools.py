@@ -81,6 +81,12 @@ class Tools:
     answer: str | None = None
     notice: str = ""
 
+    def read(self, text: str) -> tuple[str, list[Call | None]]:
+        """What a turn is (call, answer or invalid) and its calls."""
+        calls = self.form.parse(text)
+        answer = not calls and (self.answer is None or re.search(self.answer, text, re.DOTALL) is not None)
+        return "call" if calls else "answer" if answer else "invalid", calls
+
 
 # The form of Qwen, Hermes and others: JSON between tags, results as a message of their own.
 HERMES = ToolText(call=r"<tool_call>\s*(?P<json>\{.*?\})\s*</tool_call>", opening="<tool_call>", result="{}", chat=True)

@@ -22,7 +22,7 @@ from transformers import Trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from experiments import collect, rollout
+from experiments import collect, rollout, trl_tools
 from experiments.optim import add_modules
 from experiments.recorder import AfterStep
 from experiments.seeds import derive
@@ -41,6 +41,7 @@ class AssayTrainer(GRPOTrainer):
     """GRPOTrainer whose generation, scoring and loss go through a Stack.
 
     rows: training rows; rewards: ordered RewardSpecs; task: for ctx.score and ctx.env; wrap_prompt: prompt for TRL.
+    kw: GRPOTrainer's own; `tools` and `environment_factory` run TRL's tool loop (see `experiments.trl_tools`).
     """
 
     args: Any  # TRL and transformers type these too widely to be used
@@ -136,6 +137,8 @@ class AssayTrainer(GRPOTrainer):
         slots, G = slots or range(len(rows)), self.num_generations
         if self.task.tools is not None:
             return self._tool_rollout(rows, slots)
+        if self.tools:
+            return trl_tools.rollout(self, rows, slots, self._first_group)
         with self.services.counted("generation"):
             prompt_ids, images, fields = self._tokenize_prompts([self.wrap_prompt(row.prompt) for row in rows])
             completion_ids, logprobs = self._generate_single_turn(prompt_ids, images, fields, G)

@@ -70,13 +70,23 @@ class VllmEngine(BaseEngine):
     def tokenizer(self) -> Any:
         return self._live().get_tokenizer()
 
+    def ends(self) -> set[int]:
+        """Ids that end a completion: the tokenizer's and those of the model's generation config, which vLLM heeds."""
+        found = self._live().model_config.try_get_generation_config().get("eos_token_id")
+        found = found if isinstance(found, (list, tuple)) else [found]
+        return {token for token in [*found, self.tokenizer.eos_token_id] if token is not None}
+
+    def context(self) -> int:
+        """Most tokens that prompt and completion have together."""
+        return self._live().model_config.max_model_len
+
     def _live(self) -> Any:
         if self._llm is None:
             self._llm = self._vllm.LLM(self.model, **self.options)
         return self._llm
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Result]]]:
-        tokenizer, context = self.tokenizer, self._live().model_config.max_model_len
+        tokenizer, context = self.tokenizer, self.context()
         ready: list[tuple[int, list[int], Request]] = []
         for index, request in enumerate(requests):
             ids = encode(tokenizer, request, self.chat)

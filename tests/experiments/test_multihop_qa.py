@@ -271,6 +271,27 @@ def test_calls_in_json_several_in_a_turn_and_no_hit(tmp_path, corpus):
     assert task.episode_metrics(traj, row) == {"searches": 2, "recall": 0.5}
 
 
+def test_a_corpus_that_changes_under_a_run_is_searched_as_it_was_and_indexed_anew_by_the_next(tmp_path, corpus):
+    rows = [{"question": "Who wrote Emma?", "answer": "Jane Austen"}]
+    first = task_of(tmp_path, rows, corpus)
+    (row,) = first.rows("eval", 0)
+    before = first.environment(row).tools["search"]("Austen Steventon")
+    write(Path(corpus), [{"doc_id": "q0", "title": "Austen", "text": "Now all is different."}])
+    assert first.environment(row).tools["search"]("Austen Steventon") == before
+    assert "Hampshire" in first.environment(row).tools["search"]("village in Hampshire")  # not asked before
+    Path(corpus).unlink()
+    assert "Emma" in first.environment(row).tools["search"]("novel by Jane")
+    write(Path(corpus), [{"doc_id": "q0", "title": "Austen", "text": "Now all is different."}])
+    after = task_of(tmp_path, rows, corpus)
+    assert "different" in after.environment(row).tools["search"]("Austen")
+
+
+def test_an_empty_corpus_is_refused_before_anything_is_asked(tmp_path):
+    empty = write(tmp_path / "empty.jsonl", [])
+    with pytest.raises(DataError, match="no passages"):
+        task_of(tmp_path, [{"question": "Who wrote Emma?", "answer": "Jane Austen"}], empty).rows("eval", 0)
+
+
 @pytest.mark.parametrize("form", INSTRUCTIONS)
 def test_the_example_in_the_prompt_follows_the_form(form):
     calls = FORMS[form].parse(INSTRUCTIONS[form].partition("Example:" if form == "search" else "write\n")[2])

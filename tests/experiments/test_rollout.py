@@ -459,6 +459,3 @@ def test_evaluation_runs_episodes_through_the_request_cache(searcher, world, tmp
         trajs, columns = hooked.rollouts(Stack([], Objective(), check=False), ctx, engine, rows, how)
         runs.append(([t.segments[0].completion_ids for t in trajs], columns))
     assert runs[0] == runs[1] and set(runs[0][1]) == {"searches", "excess", "seen", "waste"}
-    engine = SimpleNamespace(name="openai")
-    with pytest.raises(ConfigError, match="knows token ids"):
-        hooked.rollouts(Stack([], Objective(), check=False), ctx, engine, rows, how)
