@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,11 +125,12 @@ class Lookup(Task):
         text = text.strip()
         if text == f"={row.answer}":
             return 1.0
-        if text == row.meta["remark"]:
+        if text and text == row.meta["remark"]:
             return float(row.meta["remark_right"])
-        value = row.answer.partition("f")[0]
-        worked = text.startswith("=v") and "f" in text and text[1:].partition("f")[0] != value
-        return float(worked and random.Random(derive(row.meta["luck"], text)).random() < self.luck)
+        worked = re.fullmatch(r"=(v\d+)f\d+", text)
+        if worked is None or row.answer.startswith(worked[1] + "f"):
+            return 0.0
+        return float(random.Random(derive(row.meta["luck"], text)).random() < self.luck)
 
     def episode_metrics(self, traj: Any, row: Row) -> dict[str, float]:
         """Shares: tool = made a call that can be read, right_call = made the one that retrieves the record,
