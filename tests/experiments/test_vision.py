@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,3 +286,35 @@ def test_a_text_model_cannot_take_images(random_model):
         model_inputs(None, random_model.model, torch.tensor([[1]]), [[picture]])
     assert model_inputs(None, random_model.model, torch.tensor([[1]]), [[]]) == {}
     assert images_of("plain") == [] and images_of([{"role": "user", "content": "plain"}]) == []
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.slow
+def test_assay_train_with_a_task_of_pictures(tmp_path):
+    """A folder of weights with its processor, a task from outside the clone, two steps with TAPO, a full record."""
+    tokenizer = tiny_tokenizer(SYMBOLS)
+    kind, config, processor = llava(tokenizer)
+    torch.manual_seed(1)
+    model = kind(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "llava")
+    (tmp_path / "conf" / "task").mkdir(parents=True)
+    (tmp_path / "pictures_task.py").write_text("from test_vision import Pictures\n")
+    task = "# Pictures.\n_target_: pictures_task.Pictures\nname: pictures\nmax_completion_tokens: 12\n"
+    (tmp_path / "conf" / "task" / "pictures.yaml").write_text(task)
+    paths = [str(tmp_path), str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    words = ["train", "--config-dir", str(tmp_path / "conf"), "task=pictures", "model=hf", "method=[tapo]", "scale=cpu"]
+    words += [f"model.path={tmp_path / 'llava'}", "model.dtype=float32", "trainer.max_steps=2", "trainer.save_every=2"]
+    words += ["trainer.prompts_per_step=4", "eval.every=0", "eval.items=4", f"results_dir={tmp_path / 'out'}"]
+    line = [str(Path(sys.executable).with_name("assay")), *words]
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    run = Path(done.stdout.strip().splitlines()[-1])
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2] and all("tapo/rho_traj" in m for m in metrics)
+    assert (run / "summary.json").exists() and (run / "model" / "processor_config.json").exists()
