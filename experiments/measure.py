@@ -10,6 +10,7 @@ from experiments import hooked
 from experiments.probe import Probe
 from experiments.scoring import score_results
 from experiments.seeds import derive
+from experiments.vision import images_of
 from methods.base import Context
 from methods.stack import Stack
 
@@ -39,7 +40,8 @@ class Measure:
         self.max_tokens, self.stack, self.context = max_tokens, stack, context
         engine.batch_size = cfg.eval.batch_size
         self.rows = task.rows(cfg.eval.split, cfg.eval.seed)[: cfg.eval["items"]]
-        self.probe = Probe(model, engine, pad_id, folder / "probe.safetensors") if cfg.eval.kl_probe else None
+        probed = cfg.eval.kl_probe and not any(images_of(row.prompt) for row in self.rows)  # the probe is text alone
+        self.probe = Probe(model, engine, pad_id, folder / "probe.safetensors") if probed else None
 
     def prepare(self) -> None:
         """Fixes the probe, before the first step."""

@@ -1,6 +1,7 @@
 """Named values of runs, and the paired comparison of two arms in one of them.
 
 Metric names: ``eval/<column>[/<tier>]`` (mean of the last evaluation; ``<split>/...`` for another split),
+``eval@<step>/...`` (the same at that optimiser step),
 ``auc/<column>[/<tier>]`` (area under the evaluation curve over optimiser steps, divided by the step range),
 ``eval/pass@<k>[/<tier>]``, ``train/<key>`` (last value of a key of metrics.jsonl; ``mean/<key>`` its mean over the
 steps), and any name of summary.json's metrics. A value that comes from an evaluation is known item by item, and
@@ -29,12 +30,13 @@ SOLVED = 1 - 1e-9  # pass@k counts full scores only
 
 @dataclass(frozen=True)
 class Spec:
-    """Where a metric's values come from: one column of one split, perhaps of one tier only."""
+    """Where a metric's values come from: one column of one split, perhaps of one tier or at one step only."""
 
     kind: str  # "final" or "area"
     split: str
     column: str
     tier: str | None
+    step: int | None = None
 
 
 class Reading:
@@ -145,13 +147,17 @@ class Reading:
     def spec(self, metric: str) -> Spec | None:
         """The evaluation column behind a metric name, or None if the name is not one of this run's evaluations."""
         head, _, rest = metric.partition("/")
+        head, at, when = head.partition("@")
+        if at and (not when.isdigit() or head == "auc"):
+            return None
         if not self.splits or (head not in ("auc", "eval") and head not in self.splits):
             return None
         split = head if head in self.splits else self.splits[0]
         for column, tier in ((rest, None), (rest.rpartition("/")[0], rest.rpartition("/")[2])):
-            known = column in self.columns or (head != "auc" and _passes(column) is not None)
+            known = column in self.columns or (head != "auc" and not at and _passes(column) is not None)
             if known and (tier is None or tier in self.tiers):
-                return Spec("area" if head == "auc" else "final", split, column, tier)
+                kind = "area" if head == "auc" else "final"
+                return Spec(kind, split, column, tier, int(when) if at else None)
         return None
 
     def items(self, metric: str) -> Frame | None:
@@ -164,7 +170,9 @@ class Reading:
         k = _passes(spec.column)
         if k is not None:
             return self._pass_at(spec, k)
-        _, frame = self.curve(spec)
+        steps, frame = self.curve(spec)
+        if spec.step is not None:
+            frame = frame[steps == spec.step]
         last = frame.iloc[-1].dropna() if len(frame) else pd.Series(dtype=float)
         return last if len(last) else None
 

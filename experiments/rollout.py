@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from experiments.tools import Environment, ResultIds, ToolRunner, Tools
+from experiments.vision import images_of
 from methods.base import Segment, Trajectory, Turn
 
 
@@ -132,7 +133,8 @@ def episodes(
     runner = ToolRunner(tools.timeout)
     loop = ToolLoop(tokenizer, tools, max_tokens, engine.ends(), runner, engine.context())
     envs = [task.environment(row) for row in rows]
-    return loop.run(writer_for(engine, tokenizer, seeds, max_tokens, **how), prompts, envs)
+    images = [tuple(images_of(row.prompt)) for row in rows]
+    return loop.run(writer_for(engine, tokenizer, seeds, max_tokens, images, **how), prompts, envs)
 
 
 class EngineWriter:
@@ -142,12 +144,14 @@ class EngineWriter:
         self,
         engine: Any,
         seeds: Sequence[int],
+        images: Sequence[tuple] = (),
         *,
         temperature: float = 1.0,
         top_p: float = 1.0,
         stop: tuple[str, ...] = (),
     ) -> None:
         self.engine, self.seeds = engine, seeds
+        self.images = images or [()] * len(seeds)
         self.how = {"temperature": temperature, "top_p": top_p, "stop": stop}
         self.history: dict[int, list[int]] = {}
         self.turn = 0
@@ -160,7 +164,8 @@ class EngineWriter:
         for row, ids in appended.items():
             self.history[row] = self.history.get(row, []) + ids
             seed = derive(self.seeds[row], "turn", self.turn)
-            requests.append(Request(prompt_ids=self.history[row], max_tokens=budget[row], seed=seed, **self.how))
+            asked = {"prompt_ids": self.history[row], "images": self.images[row]}
+            requests.append(Request(**asked, max_tokens=budget[row], seed=seed, **self.how))
         self.turn += 1
         results = [r[0] for r in self.engine.generate(requests)]
         written = {}
@@ -170,13 +175,15 @@ class EngineWriter:
         return written
 
 
-def writer_for(engine: Any, tokenizer: Any, seeds: Sequence[int], most: int, **how: Any) -> Writer:
-    """The cached decoder on a model of this process whose layers allow it, else the engine itself."""
+def writer_for(
+    engine: Any, tokenizer: Any, seeds: Sequence[int], most: int, images: Sequence[tuple] = (), **how: Any
+) -> Writer:
+    """The cached decoder on a model of this process whose layers allow it, else the engine; it alone takes images."""
     from experiments.engines.transformers import TransformersEngine
 
-    if isinstance(engine, TransformersEngine):
+    if isinstance(engine, TransformersEngine) and not any(images):
         from experiments.decoder import CachedDecoder, supports
 
         if supports(engine.model):
             return CachedDecoder(engine.model, tokenizer, seeds, most, **how)
-    return EngineWriter(engine, seeds, **how)
+    return EngineWriter(engine, seeds, images, **how)

@@ -254,7 +254,7 @@ def finish(writer: RunWriter, loaded, model, recorder, state: dict, cost: dict) 
     """Exports the model with its methods' state, writes the summary, drops the checkpoints unless several are kept."""
     from experiments.weights import export
 
-    folder = export(model, loaded.tokenizer, writer.path / "model")
+    folder = export(model, loaded.processor or loaded.tokenizer, writer.path / "model")
     checkpoints.write_state(folder, {"trainer": state, "seconds": recorder.total_seconds})
     last = {k: v for k, v in recorder.last_logs.items() if isinstance(v, (int, float))}
     writer.update(step=recorder.step)
@@ -313,7 +313,7 @@ def build_trainer(cfg: DictConfig, batches: batching.BatchPlan, task, loaded, ro
         seed=cfg.seed,
         args=args,
         model=loaded.model,
-        processing_class=loaded.tokenizer,
+        processing_class=loaded.processor or loaded.tokenizer,
     )
 
 

@@ -168,6 +168,7 @@ class TrainingServices(Services):
             self._engine = TransformersEngine(
                 t.accelerator.unwrap_model(t.model), self.tokenizer, chat=t.wrap_prompt.chat
             )
+            self._engine.processor = t.processing_class if t._is_vlm else None
         return self._engine
 
     def train_rows(self, count: int, name: str) -> list[Any]:

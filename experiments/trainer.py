@@ -5,8 +5,8 @@ base_advantages -> advantages -> select -> fill`, then TRL shuffles and slices. 
 `token_advantages -> clip_range -> loss -> extra_loss`. TRL keeps the loop, the generation back-ends, the fused
 log-prob forward, the reference model, checkpoints and the data order.
 
-Not carried over from TRL and therefore not offered: vision inputs, entropy bonus and entropy masks, off-policy
-masks, MoE auxiliary loss.
+Not carried over from TRL and therefore not offered: images in tool results, entropy bonus and entropy masks,
+off-policy masks, MoE auxiliary loss.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from transformers import Trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from experiments import collect, rollout, trl_tools
+from experiments import collect, rollout, trl_tools, vision
 from experiments.optim import add_modules
 from experiments.recorder import AfterStep
 from experiments.seeds import derive
 from experiments.services import TrainingServices
 from experiments.tokenizers import chat_ids, prefilled
 from experiments.trl_check import require_trl
-from methods.base import Batch, Context, LossContext, Trajectory, assemble
+from methods.base import Batch, ConfigError, Context, LossContext, Trajectory, assemble
 from methods.stack import Stack
 
 
@@ -229,8 +229,15 @@ class AssayTrainer(GRPOTrainer):
                 batch.completion_ids_ST.size(1),
                 batch_size=self.args.per_device_train_batch_size,
                 compute_entropy=entropies,
+                **self._images(batch, ids),
             )
         return logps, ents
+
+    def _images(self, batch: Batch, ids: Tensor) -> dict[str, Any]:
+        """What TRL's forward takes beside the ids of a batch whose prompts hold images."""
+        images = [vision.images_of(batch.trajs[i].row.prompt) for i in batch.traj_S.tolist()]
+        made = vision.model_inputs(self.processing_class, self.accelerator.unwrap_model(self.model), ids, images)
+        return made | {"num_images": [len(row) for row in images]} if made else {}
 
     def reference_logps(self, batch: Batch) -> Tensor:
         if self.ref_model is not None:
@@ -278,7 +285,12 @@ class AssayTrainer(GRPOTrainer):
             out["old_per_token_logps"] = selected.old_logps_ST
         if selected.ref_logps_ST is not None:
             out["ref_per_token_logps"] = selected.ref_logps_ST
-        return out | {f"extra/{name}": x for name, x in selected.extras.items()}
+        images = self._images(selected, selected.sequences()[0])
+        if images and not untouched:
+            raise ConfigError(
+                "a method that drops, adds or weighs rollouts cannot take prompts with images", where="method"
+            )
+        return out | images | {f"extra/{name}": x for name, x in selected.extras.items()}
 
     # ---- one micro-batch ----
     def _compute_loss(self, model, inputs):
@@ -315,7 +327,7 @@ class AssayTrainer(GRPOTrainer):
         attention = torch.cat([inputs["prompt_mask"], completion_mask], dim=1)
         width = completion_ids.size(1)
         logps, entropies, _ = self._get_per_token_logps_and_entropies(
-            model, ids, attention, width, compute_entropy=True
+            model, ids, attention, width, compute_entropy=True, **{k: inputs[k] for k in vision.FIELDS if k in inputs}
         )
         old = inputs.get("old_per_token_logps")
         # `num_items_in_batch` spans the generation: rescaled to one accumulation window, as TRL does.

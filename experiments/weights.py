@@ -23,7 +23,8 @@ class LoadedModel:
     """A model in evaluation mode with its tokenizer (padding on the left, pad and eos tokens set).
 
     `chat`: prompts go through the chat template. `path`: the folder it was read from (None for a hub id).
-    `trained_tokens`: tokens on which the warm start was trained, shared by all runs that use it.
+    `trained_tokens`: tokens on which the warm start was trained, shared by all runs that use it. `processor`: of a
+    vision-language model; it holds the tokenizer.
     """
 
     model: Any
@@ -32,6 +33,7 @@ class LoadedModel:
     name: str
     path: Path | None = None
     trained_tokens: int = 0
+    processor: Any = None
 
     @property
     def parameters(self) -> int:
@@ -62,8 +64,10 @@ def find_init(init: str, seed: int, results_dir: str | Path = "results") -> Path
     )
 
 
-def export(model: Any, tokenizer: Any, folder: str | Path) -> Path:
+def export(model: Any, processor: Any, folder: str | Path) -> Path:
     """Write a folder that transformers and vLLM can load; LoRA adapters are merged. Atomic; `model` is unchanged.
+
+    `processor`: the tokenizer, or what holds it and the image processor.
 
     Give the unwrapped model. With adapters the base is read again from where it came from, on the CPU, so that
     merging needs no memory on the device and leaves no rounding in the live weights.
@@ -73,7 +77,7 @@ def export(model: Any, tokenizer: Any, folder: str | Path) -> Path:
         if hasattr(model, "peft_config"):
             model = _merged(model)
         model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        processor.save_pretrained(target)
     return folder
 
 
@@ -111,9 +115,10 @@ def _read_adapter(folder: Path, dtype: str, **options: Any) -> Any:
 
 
 def _read_model(source: str | Path, dtype: str, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForCausalLM.from_pretrained(
+    sees = hasattr(AutoConfig.from_pretrained(str(source), trust_remote_code=False), "vision_config")
+    return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
         str(source), dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
     )
 
@@ -127,7 +132,7 @@ def open_model(
     chat: bool | None = None,
     attn_implementation: str | None = None,
 ) -> LoadedModel:
-    from transformers import AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
 
     if dtype not in DTYPES:
         raise ConfigError(
@@ -141,6 +146,11 @@ def open_model(
                 model = _read_adapter(folder, dtype, **options)
             else:
                 model = _read_model(source, dtype, **options)
+            processor = None
+            if hasattr(model.config, "vision_config"):
+                processor = AutoProcessor.from_pretrained(str(source), trust_remote_code=False)
+                tokenizer, template = processor.tokenizer, processor.chat_template
+                tokenizer.chat_template = tokenizer.chat_template or template
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -152,7 +162,7 @@ def open_model(
             fix="check model.path; without a network, download it elsewhere and give the folder",
         ) from error
     tokenizer.padding_side = "left"
-    loaded = LoadedModel(model.eval(), tokenizer, False, name, folder)
+    loaded = LoadedModel(model.eval(), tokenizer, False, name, folder, processor=processor)
     loaded.chat = bool(tokenizer.chat_template) if chat is None else chat
     if loaded.chat and not tokenizer.chat_template:
         raise ConfigError(

@@ -30,6 +30,7 @@ class Request:
     stop: the completion ends before the first of these strings; `Result.ids` still hold the tokens that spelled it.
     seed: None asks for any randomness; such a request is not cached unless it is greedy.
     json_schema: the completion must be JSON of this schema (engines `vllm` and `openai`).
+    images: those of `prompt_ids`, which hold their image tokens (engine `transformers`); never cached.
 
     Raises ConfigError for values outside their range.
     """
@@ -44,6 +45,7 @@ class Request:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     json_schema: dict | None = None
+    images: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         given = [name for name in ("messages", "prompt", "prompt_ids") if getattr(self, name) is not None]
@@ -69,7 +71,9 @@ class Request:
 
     @property
     def repeatable(self) -> bool:
-        """Whether asking twice may be answered once: greedy, or sampled with a seed."""
+        """Whether asking twice may be answered once: greedy, or sampled with a seed, and without images."""
+        if self.images:
+            return False
         return self.temperature == 0 or self.seed is not None
 
 
@@ -195,5 +199,6 @@ def encode(tokenizer: Any, request: Request, chat: bool) -> list[int]:
 
 def request_key(identity: dict[str, Any], request: Request) -> str:
     """Hex digest of model and request: equal keys mean that one answer serves both."""
-    payload = json.dumps([identity, asdict(request)], sort_keys=True, ensure_ascii=False)
+    asked = {key: value for key, value in asdict(request).items() if key != "images"}
+    payload = json.dumps([identity, asked], sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(payload.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from experiments.engines.base import BaseEngine, Request, Result, Usage, encode, failed
 from experiments.engines.sampling import pick, uniforms
 from experiments.seeds import derive
+from experiments.vision import model_inputs
 from methods.errors import ConfigError
 
 
@@ -27,6 +28,7 @@ class _Job:
     sample: int
     ids: list[int]
     seed: int
+    images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class TransformersEngine(BaseEngine):
 
     name = "transformers"
     needs = "model"
+    processor: Any = None  # of a vision-language model
 
     def __init__(
         self,
@@ -112,7 +115,8 @@ class TransformersEngine(BaseEngine):
             missing[index] = 1 if request.temperature == 0 else request.n
             done[index] = [None] * missing[index]
             groups.setdefault(setting, []).extend(
-                _Job(index, sample, ids, derive(seed, "engine", sample)) for sample in range(missing[index])
+                _Job(index, sample, ids, derive(seed, "engine", sample), request.images)
+                for sample in range(missing[index])
             )
         for setting, jobs in groups.items():
             jobs.sort(key=lambda job: -len(job.ids))  # longest first: what does not fit into memory fails at once
@@ -152,6 +156,9 @@ class TransformersEngine(BaseEngine):
             eos_token_id=sorted(eos) or None, pad_token_id=pad, return_dict_in_generate=False,
         )  # fmt: skip
         ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+        seen = model_inputs(self.processor, self.model, ids_BT, [job.images for job in jobs])
+        if seen:  # a sampled image token would have no image
+            config.suppress_tokens = [self.model.config.image_token_id]
         with inference(self.model, device):
             out_BT = self.model.generate(
                 input_ids=ids_BT,
@@ -159,7 +166,8 @@ class TransformersEngine(BaseEngine):
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([stopper] if setting.stop else []),
-                past_key_values=self._shared_prefill(jobs, ids_BT, mask_BT, config),
+                past_key_values=None if seen else self._shared_prefill(jobs, ids_BT, mask_BT, config),
+                **seen,
             )
         rows = out_BT[:, width:].tolist()
         logps = sampler.logps() if self.logprobs else [None] * len(rows)

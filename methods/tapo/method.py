@@ -14,7 +14,7 @@ from methods.errors import ConfigError, check_range, nearest
 from methods.tapo.matching import Rollouts, at_least, match
 from methods.tapo.record import Actions, actions_of, refuse_overlaps, rollout_means
 from methods.tapo.similarity import KINDS, Calls, Floats
-from methods.tapo.statistics import counts, rates
+from methods.tapo.statistics import counts, rates, useful
 
 SCHEMA = {"search": {"query": "text"}, "image_search": {"image": "id"}, "zoom": {"image": "id", "bbox": "box"}}
 
@@ -31,10 +31,13 @@ class Tapo(Method):
         D(u) = [m >= theta] [a >= alpha_min] a(u) Abar_{g*}
         A'(u) = min(0, A_j + beta D(u))                            on the tokens of the turn that makes the call
     Groups with Abar <= 0 are dropped. Everything else keeps its advantage. `schema` names the fields of each tool and
-    their kinds (similarity.py); calls of `exclude_tools` (stochastic ones) match nothing.
+    their kinds (similarity.py); calls of `exclude_tools` (stochastic ones) match nothing. Ablations: `support` false
+    takes s_g = 1, `clip` false drops the minimum.
 
     Signal `transfer`: D(u) of the failing calls; shuffled within a prompt it is the control with random call
-    identities: as much is transferred, to the wrong calls.
+    identities: as much is transferred, to the wrong calls. Where a row's generator knows the useful calls
+    (`row.meta["useful_calls"]`), `precision` is the share of corrected calls that are among them and `useful` the share
+    of all failing calls of mixed groups.
 
     Differs from the paper, which leaves them open: similarity measures, components, the product a, what alpha_min
     bounds, theta and alpha_min; scope is one prompt. A turn with several calls gets the mean of their D.
@@ -46,6 +49,8 @@ class Tapo(Method):
     theta: float = 0.8
     alpha_min: float = 0.3
     beta: float = 0.8
+    support: bool = True
+    clip: bool = True
     exclude_tools: Sequence[str] = ()
     schema: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: SCHEMA)
     last: dict[str, float] = field(default_factory=dict, init=False)
@@ -88,12 +93,12 @@ class Tapo(Method):
         actions = actions_of(ctx.trajs, calls, rollouts.mixed_N)
         found = match(calls, actions.call_U, actions.rollout_U, rollouts, self.theta)
 
-        confidence_U = found.similarity_U * found.support_U
+        confidence_U = found.similarity_U * (found.support_U if self.support else 1.0)
         gate_U = (found.similarity_U > 0) & at_least(confidence_U, self.alpha_min)
         transfer_U = self._passed(gate_U * confidence_U * found.reference_U, actions, rollouts, ctx)
         transfer_NK = actions.count_NK(transfer_U) / np.maximum(actions.count_NK(), 1)
 
-        n = counts(rollouts, actions, found, gate_U, transfer_NK, self.beta)
+        n = counts(rollouts, actions, found, gate_U, transfer_NK, self.beta) | useful(rollouts, actions, transfer_U)
         sums = torch.tensor([list(n.values())], dtype=torch.float64)
         self.last = rates(dict(zip(n, ctx.gather(sums).sum(0).tolist(), strict=True)))
         return self.corrected(adv_ST, transfer_NK, batch) if transfer_NK.any() else adv_ST
@@ -107,11 +112,12 @@ class Tapo(Method):
         return transfer_U
 
     def corrected(self, adv_ST: Tensor, transfer_NK: Floats, batch: Batch) -> Tensor:
-        """min(0, A + beta D) on the tokens with A < 0 of turns that get a transfer."""
+        """min(0, A + beta D) (without the minimum if not `clip`) on the tokens with A < 0 of turns that get a D."""
         gain_NK = torch.from_numpy(self.beta * transfer_NK).to(adv_ST)
         gain_ST = gain_NK[batch.traj_S.unsqueeze(1), batch.turn_ST.clamp(min=0)]
         change_ST = (batch.turn_ST >= 0) & (gain_ST != 0) & (adv_ST < 0)
-        return torch.where(change_ST, (adv_ST + gain_ST).clamp(max=0.0), adv_ST)
+        raised_ST = adv_ST + gain_ST
+        return torch.where(change_ST, raised_ST.clamp(max=0.0) if self.clip else raised_ST, adv_ST)
 
     def metrics(self) -> dict[str, float]:
         return dict(self.last)

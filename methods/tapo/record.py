@@ -19,7 +19,8 @@ from methods.tapo.similarity import Calls, Floats, Ints
 class Actions:
     """The U calls of N rollouts in order; K is the most turns of a rollout.
 
-    Per call: its rollout, its turn, its identity (-1: it matches nothing), could it be read, has its turn tokens.
+    Per call: its rollout, its turn, its identity (-1: it matches nothing), could it be read, has its turn tokens, is it
+    one of the row's useful calls (-1: the row does not say).
     """
 
     rollout_U: Ints
@@ -27,6 +28,7 @@ class Actions:
     call_U: Ints
     parsable_U: Bools
     spanned_U: Bools
+    useful_U: Ints
     shape: tuple[int, int]
 
     def count_NK(self, weight_U: Floats | Bools | None = None) -> Floats | Ints:
@@ -37,15 +39,17 @@ class Actions:
 
 def actions_of(trajs: Sequence[Trajectory], calls: Calls, compared_N: Bools) -> Actions:
     """All calls; only those of the rollouts that are compared with others get an identity."""
-    flat: list[int] = []  # five numbers per call: one list of numbers becomes an array faster than many tuples
+    flat: list[int] = []  # six numbers per call: one list of numbers becomes an array faster than many tuples
     for i, (traj, compared) in enumerate(zip(trajs, compared_N.tolist(), strict=True)):
+        known = getattr(traj.row, "meta", {}).get("useful_calls")
         for k, turn in enumerate(traj.turns):
             spanned = turn.end > turn.start
             for call in turn.calls or ():
-                flat += i, k, calls.add(call) if compared else -1, call is not None, spanned
-    table = np.fromiter(flat, np.int64, len(flat)).reshape(-1, 5).T
+                useful = -1 if known is None else call in known
+                flat += i, k, calls.add(call) if compared else -1, call is not None, spanned, useful
+    table = np.fromiter(flat, np.int64, len(flat)).reshape(-1, 6).T
     shape = (len(trajs), max((len(t.turns) for t in trajs), default=0) or 1)
-    return Actions(table[0], table[1], table[2], table[3] > 0, table[4] > 0, shape)
+    return Actions(table[0], table[1], table[2], table[3] > 0, table[4] > 0, table[5], shape)
 
 
 def rollout_means(adv_ST: Tensor, batch: Batch) -> Floats:

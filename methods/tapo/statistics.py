@@ -44,6 +44,17 @@ def counts(
     return {name: float(np.sum(values)) for name, values in entries.items()}
 
 
+def useful(rollouts: Rollouts, actions: Actions, transfer_U: Floats) -> dict[str, float]:
+    """How many failing calls are useful ones: of those corrected, and of all in mixed groups that could be."""
+    failing_U = (
+        (rollouts.failure_N & rollouts.mixed_N)[actions.rollout_U] & actions.parsable_U & (actions.useful_U >= 0)
+    )
+    corrected_U = failing_U & (transfer_U != 0) & (rollouts.advantage_N < 0)[actions.rollout_U]
+    sets = {"known": failing_U, "corrected_known": corrected_U}
+    sums = {name: float(who_U.sum()) for name, who_U in sets.items()}
+    return sums | {f"{name}_useful": float(actions.useful_U[who_U].sum()) for name, who_U in sets.items()}
+
+
 def rates(n: dict[str, float]) -> dict[str, float]:
     """What is logged; NaN where nothing is counted."""
     shares = {
@@ -57,5 +68,7 @@ def rates(n: dict[str, float]) -> dict[str, float]:
         "frac_clipped_to_zero": ("zero", "corrected"),
         "mean_match": ("match", "gated"),
         "mean_support": ("support", "gated"),
+        "precision": ("corrected_known_useful", "corrected_known"),
+        "useful": ("known_useful", "known"),
     }
     return {name: n[part] / n[whole] if n[whole] else math.nan for name, (part, whole) in shares.items()}

@@ -116,6 +116,18 @@ def test_metrics_have_the_values_that_the_scores_imply(tmp_path):
     assert math.isnan(reading.value("eval/nothing")) and math.isnan(reading.value("train/nothing"))
 
 
+def test_an_evaluation_on_the_way_has_a_name(tmp_path):
+    arm, other = (Reading(load_run(make_run(tmp_path, a, 0, gain=g))) for a, g in (("good", 0.2), ("grpo", 0.0)))
+    middle = arm.evals[arm.evals["step"] == 10]
+    assert arm.value("eval@10/score") == pytest.approx(middle["score"].mean())
+    assert arm.value("eval@10/score/hard") == pytest.approx(middle[middle["tier"] == "hard"]["score"].mean())
+    assert arm.value("eval@20/score") == arm.value("eval/score") and arm.value("eval@10/length") == 30
+    gap = middle["score"].mean() - other.evals[other.evals["step"] == 10]["score"].mean()
+    assert difference([arm], [other], "eval@10/score").interval.mean == pytest.approx(gap)
+    for name in ("eval@15/score", "eval@x/score", "auc@10/score", "eval@10/pass@1", "eval@10/nothing"):
+        assert math.isnan(arm.value(name)), name
+
+
 def test_tiers_are_listed_easy_first(tmp_path):
     for name, config, expected in (
         ("plain", {}, ["easy", "medium", "hard", "t2", "t10"]),

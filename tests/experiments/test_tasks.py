@@ -548,7 +548,7 @@ def test_suite_member_errors():
 # Shipped YAML
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "reasoning_gym", "gsm8k", "math", "jsonl"])
+@pytest.mark.parametrize("name", ["arithmetic", "lookup", "reasoning_gym", "gsm8k", "math", "jsonl"])
 def test_yaml_holds_every_field_with_its_default(name: str):
     yaml = pytest.importorskip("yaml")
     import importlib

@@ -176,6 +176,28 @@ def test_clip_case_of_the_worked_example():
     assert method.last["frac_clipped_to_zero"] == 1
 
 
+def test_ablations_of_the_worked_example():
+    """Without the minimum the corrected advantage changes sign; without support rare calls pass the gate too."""
+    clip_case = group_of([[image("x")], [image("x")], *[[]] * 6], [1, *[0] * 7])
+    assert of_turn(advantages([Tapo(**EXAMPLE, clip=False)], clip_case), 1, 0) == pytest.approx(1.625886, abs=EPS)
+    adv_ST = advantages([Tapo(**EXAMPLE, support=False, clip=False)], group_of(CALLS, REWARDS))
+    for (i, k), m in {(3, 0): 10 / 11, (4, 0): 1.0, (5, 0): 0.95, (7, 0): 1.0}.items():
+        assert of_turn(adv_ST, i, k) == pytest.approx(-0.724429 + 0.8 * m * 1.207381, abs=EPS)
+    assert of_turn(advantages([Tapo(**EXAMPLE, support=False)], group_of(CALLS, REWARDS)), 5, 0) == 0
+
+
+def test_precision_is_the_share_of_useful_calls_among_the_corrected():
+    """Of the six failing calls of the example that can be read four are useful here; two of the three corrected are."""
+    trajs = group_of(CALLS, REWARDS)
+    for t in trajs:
+        t.row = SimpleNamespace(meta={"useful_calls": [image("img0"), CALLS[3][0], text("paris weather"), text("")]})
+    method = Tapo(**EXAMPLE)
+    advantages([method], trajs)
+    assert (method.last["precision"], method.last["useful"]) == pytest.approx((2 / 3, 4 / 6))
+    advantages([method], group_of(CALLS, REWARDS))  # nobody knows
+    assert math.isnan(method.last["precision"]) and math.isnan(method.last["useful"])
+
+
 def test_rates_of_the_worked_example():
     method = Tapo(**EXAMPLE)
     advantages([method], group_of(CALLS, REWARDS) + group_of([[image("q")], []], [0, 0], group=1))
@@ -720,6 +742,38 @@ def test_training_with_it(objective, make_trainer):
     logs = [h for h in trainer.state.log_history if "loss" in h]
     assert logs[-1]["tapo/rho_traj"] > 0 and logs[-1]["tapo/mean_transfer"] > 0
     assert {f"tapo/{k}" for k in trainer.stack.methods[1].last} <= set(logs[-1])
+
+
+class Seen(Method):
+    """Keeps the groups and the advantages of each generation."""
+
+    name = "seen"
+
+    def __init__(self):
+        self.groups, self.advantages_ = [], []
+
+    def advantages(self, adv_ST, ctx):
+        self.groups.append(Counter(t.group_id for t in ctx.trajs))
+        self.advantages_.append(adv_ST)
+        return adv_ST
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rows_per_device": 4},
+        {"rows_per_device": 2, "updates_per_generation": 2},
+        {"rows_per_device": 8, "iterations": 2},
+    ],
+)
+def test_groups_are_whole_however_a_generation_is_cut(keys, make_trainer):
+    """Accumulation, mini-batches and repeated passes come after the hook: it sees every rollout of every prompt."""
+    seen, whole = Seen(), Seen()
+    make_trainer([Recorded(), Tapo(), whole]).train()
+    make_trainer([Recorded(), Tapo(), seen], **keys).train()
+    assert all(set(groups.values()) == {4} for groups in seen.groups)
+    if "updates_per_generation" not in keys:  # the same rollouts, cut otherwise
+        assert torch.equal(seen.advantages_[0], whole.advantages_[0])
 
 
 # ---------------------------------------------------------------- size
