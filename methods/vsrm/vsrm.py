@@ -25,7 +25,11 @@ class Vsrm(StateAccuracy):
         r_j = gamma^q D_{j+q}            else, q >= 1 the distance to the next step with |D| >= tol, if q <= lookahead
         r_j = 0                          else
     Token rewards: r_j on the first token of step j (`reward_at: end`: on its last), and on the last token of the
-    response the weighted sum of the named rewards, in place of what falls there. REINFORCE++ or PPO does the rest.
+    response the weighted sum of the named rewards R, in place of what falls there. REINFORCE++ or PPO does the rest.
+
+    What each place credits (undiscounted, lookahead 0): the decision to open step j returns R + A_{K+1} - A_j with
+    both. The step's other tokens return the same with `end`, but R + A_{K+1} - A_{j+1} with `start`: there the state
+    that a token brings about is taken from its own return, so that a right value earns little more than a wrong one.
 
     The quantity `step_rewards` passes the controls as one vector of all r_j, sets are trajectories.
 

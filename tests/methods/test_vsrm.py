@@ -17,6 +17,7 @@ from methods.base import Context, Segment, Trajectory, assemble
 from methods.controls import Flip, Shuffle
 from methods.errors import ConfigError
 from methods.ha_dw import HaDw
+from methods.numerics import trajectory_returns
 from methods.objectives.policy_gradient import Grpo
 from methods.objectives.reinforce_pp import ReinforcePP
 from methods.stack import Stack
@@ -316,6 +317,24 @@ def test_reward_at_the_end_of_the_step():
     ctx = context(["a. wait b. wait c</think>yes"], [1.0], shares(0, 5, 2))
     rho = tiny(reward_at="end").token_rewards(ctx.trajs, ctx)
     torch.testing.assert_close(rho[0], torch.tensor([0, 0, 1, 0, -0.6, 0, 0, 1.0]))
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=6), st.sampled_from([0.0, 1.0]))
+def test_what_each_place_of_the_reward_credits(right, outcome):
+    """Returns of a token: the decision to open step j, a token inside it, the tokens behind the thinking."""
+    text = "a" + " wait b" * (len(right) - 1) + "</think>yes"
+    accuracy = [n / 5 for n in right]
+    for place in ("start", "end"):
+        ctx = context([text], [outcome], shares(*right))
+        rho = tiny(lookahead=0, reward_at=place).token_rewards(ctx.trajs, ctx)
+        returns = trajectory_returns(rho, ctx.batch.model_mask_ST, ctx.batch.traj_S)[0].tolist()
+        final = outcome + accuracy[-1]
+        opened = [final - a for a in accuracy[:-1]]
+        inside = [final - a for a in (accuracy[1:] if place == "start" else accuracy[:-1])]
+        assert returns[1:-3:2] == pytest.approx(opened, abs=1e-5)
+        assert returns[2:-3:2] == pytest.approx(inside, abs=1e-5)
+        assert returns[-3:] == [outcome] * 3
 
 
 # ---- degenerate cases
