@@ -68,6 +68,20 @@ class Services:
         self._calls[name] += 1
         return derive(self.seed, "generate", name, self.step, self.rank, self._calls[name])
 
+    def encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+        from experiments.engines.base import Request
+        from experiments.engines.base import encode as ids_of
+
+        if self.tokenizer is None:
+            raise ConfigError(
+                "a method asks for token ids, which this engine does not know",
+                where="engine",
+                got=self.engine.name,
+                fix="choose engine=transformers",
+            )
+        asked = [Request(prompt=p) if isinstance(p, str) else Request(messages=p) for p in prompts]
+        return [ids_of(self.tokenizer, request, self.engine.chat) for request in asked]
+
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]:
         from dataclasses import replace
 
@@ -169,6 +183,9 @@ class TrainingServices(Services):
                 t.accelerator.unwrap_model(t.model), self.tokenizer, chat=t.wrap_prompt.chat
             )
         return self._engine
+
+    def encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+        return self.trainer.tokenize(prompts)
 
     def train_rows(self, count: int, name: str) -> list[Any]:
         rows = self.trainer.rows

@@ -16,8 +16,8 @@ INTERVALS = ((0.0, 0.10), (0.10, 0.25), (0.25, 0.45), (0.45, 0.70), (0.70, 1.0))
 WEIGHTS = (0.3, 0.1, 0.4, 0.2)
 RATIO_SOFTNESS, DENSITY_SOFTNESS = 0.10, 0.25
 KEYWORDS = 10
-STOPS = """a an the of in on at to for from by with and or but is are was were be been it its this that these those as into
-than then he she they his her their there which who whom whose what when where how"""
+STOPS = """a an the of in on at to for from by with and or but is are was were be been it its this that these those as
+into than then he she they his her their there which who whom whose what when where how"""
 STOP_WORDS = frozenset(STOPS.split())
 
 

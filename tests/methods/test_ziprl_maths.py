@@ -235,7 +235,9 @@ def tabular(kind: str, seed: int, steps: int = 300, group: int = 8, turns: int =
     return float((p * (1 - np.abs(every[:, None] - every) / 4)).sum(1).mean())
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [("grpo", 0.58, 0.64), ("hrr", 0.99, 1.0), ("shuffled", 0.58, 0.62)])
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("grpo", 0.6, 0.62), ("hrr", 0.997, 1.0), ("shuffled", 0.595, 0.605)]
+)
 def test_hindsight_replay_learns_where_the_outcome_alone_says_nothing(kind, low, high):
     got = np.mean([tabular(kind, seed) for seed in range(5)])
     assert low <= got <= high, got
