@@ -80,7 +80,8 @@ class Services:
                 fix="choose engine=transformers",
             )
         asked = [Request(prompt=p) if isinstance(p, str) else Request(messages=p) for p in prompts]
-        return [ids_of(self.tokenizer, request, self.engine.chat) for request in asked]
+        with self.counted("encode"):
+            return [ids_of(self.tokenizer, request, self.engine.chat) for request in asked]
 
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]:
         from dataclasses import replace
@@ -185,7 +186,8 @@ class TrainingServices(Services):
         return self._engine
 
     def encode(self, prompts: Sequence[Any]) -> list[list[int]]:
-        return self.trainer.tokenize(prompts)
+        with self.counted("encode"):
+            return self.trainer.tokenize(prompts)
 
     def train_rows(self, count: int, name: str) -> list[Any]:
         rows = self.trainer.rows
