@@ -263,6 +263,25 @@ def test_hindsight_replay_moves_a_batch_of_equal_rewards(tmp_path):
     assert norms[0.0] == 0.0 < norms[0.2]
 
 
+def test_a_record_shows_every_turn_and_evaluation_samples_as_it_was_told(tmp_path):
+    from experiments import collect, hooked
+
+    trainer = make(tmp_path, "whole")
+    trainer.train()
+    ctx = trainer.last_ctx
+    shown = collect.samples(ctx, ctx.batch, trainer._tokenizer, 8)[0]
+    assert len(shown["tokens"]) == len(shown["advantages"]) > 10 and shown["tokens"][0] == "o"
+    asked, real = [], trainer.services.generate
+    trainer.services.generate = lambda requests, stream: asked.append((requests, stream)) or real(requests, stream)
+    how = hooked.Sampling(samples=2, temperature=0.25, top_p=0.5, max_tokens=65, seed=0)
+    rows = trainer.task.rows("eval", 0)[:3]
+    context = trainer.new_context("eval")
+    trajs, columns = hooked.rollouts(trainer.stack, context, trainer.services.engine, rows, how, None)
+    assert [t.group_id for t in trajs] == [0, 0, 1, 1, 2, 2] and len(columns["peak_prompt"]) == 6
+    assert {(r["temperature"], r["top_p"]) for requests, _ in asked for r in requests} == {(0.25, 0.5)}
+    assert {stream for _, stream in asked} == {"ziprl/eval"}
+
+
 def test_a_task_without_tools_is_trained_as_without_the_method(make_trainer):
     losses = []
     for methods in ([], [ZipRl()]):
