@@ -171,7 +171,7 @@ def row_slice(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Ten
 def samples(ctx: Context, batch: Batch, tokenizer, keep: int) -> list[dict[str, Any]]:
     """Up to `keep` rollouts of one group (another one each generation) for the sample browser.
 
-    The first row of each trajectory, with the advantages that it is trained on.
+    The tokens of all rows of each trajectory one after the other, with the advantages that they are trained on.
     """
     groups = list(group_rows(batch.trajs).values())
     if not groups:
@@ -180,8 +180,8 @@ def samples(ctx: Context, batch: Batch, tokenizer, keep: int) -> list[dict[str, 
     index_of = {id(t): i for i, t in reversed(list(enumerate(batch.trajs)))}
     out = []
     for t in chosen:
-        row = int((batch.traj_S == index_of[id(t)]).nonzero()[0])
-        ids = t.segments[0].completion_ids
+        rows = (batch.traj_S == index_of[id(t)]).nonzero().flatten().tolist()
+        written = [s.completion_ids for s in t.segments]
         out.append(
             {
                 "step": ctx.step + 1,  # the optimiser step that trains on it, so that a resumed record is cut rightly
@@ -190,8 +190,12 @@ def samples(ctx: Context, batch: Batch, tokenizer, keep: int) -> list[dict[str, 
                 "tier": getattr(t.row, "tier", "all"),
                 "prompt": tokenizer.decode(t.segments[0].prompt_ids),
                 "completion": t.text,
-                "tokens": [tokenizer.decode([token]) for token in ids],
-                "advantages": [round(a, 6) for a in batch.adv_ST[row, : len(ids)].tolist()],
+                "tokens": [tokenizer.decode([token]) for ids in written for token in ids],
+                "advantages": [
+                    round(a, 6)
+                    for row, ids in zip(rows, written, strict=True)
+                    for a in batch.adv_ST[row, : len(ids)].tolist()
+                ],
                 "rewards": dict(t.rewards),
                 "finish": t.finish,
             }

@@ -36,7 +36,8 @@ def rollouts(
 
     `encode` turns a row's prompt into ids; without it the engine does, and segments carry no prompt ids.
     """
-    ctx.group_size = how.samples
+    ctx.group_size, ctx.first_group = how.samples, 0
+    ctx.temperature, ctx.top_p = how.temperature, how.top_p
     ctx.rows = stack.prepare_rows([row for row in items for _ in range(how.samples)], ctx)
     task: Any = getattr(ctx.services, "task", None)
     draw = _episodes if getattr(task, "tools", None) is not None else _sample

@@ -68,6 +68,21 @@ class Services:
         self._calls[name] += 1
         return derive(self.seed, "generate", name, self.step, self.rank, self._calls[name])
 
+    def encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+        from experiments.engines.base import Request
+        from experiments.engines.base import encode as ids_of
+
+        if self.tokenizer is None:
+            raise ConfigError(
+                "a method asks for token ids, which this engine does not know",
+                where="engine",
+                got=self.engine.name,
+                fix="choose engine=transformers",
+            )
+        asked = [Request(prompt=p) if isinstance(p, str) else Request(messages=p) for p in prompts]
+        with self.counted("encode"):
+            return [ids_of(self.tokenizer, request, self.engine.chat) for request in asked]
+
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]:
         from dataclasses import replace
 
@@ -170,6 +185,10 @@ class TrainingServices(Services):
             )
             self._engine.processor = t.processing_class if t._is_vlm else None
         return self._engine
+
+    def encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+        with self.counted("encode"):
+            return self.trainer.tokenize(prompts)
 
     def train_rows(self, count: int, name: str) -> list[Any]:
         rows = self.trainer.rows

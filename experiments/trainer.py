@@ -85,7 +85,14 @@ class AssayTrainer(GRPOTrainer):
     def new_context(self, mode: str) -> Context:
         step = self.state.global_step
         ctx = Context(
-            mode=mode, step=step, round=step // self.period, group_size=self.num_generations, services=self.services
+            mode=mode,
+            step=step,
+            round=step // self.period,
+            group_size=self.num_generations,
+            services=self.services,
+            temperature=self.args.temperature,
+            top_p=self.args.top_p,
+            first_group=self._first_group,
         )
         for r in self.reward_specs:
             ctx.add_reward(r.name, r.role, r.weight)

@@ -50,6 +50,7 @@ class Services(Protocol):
     limits: Any
     cost: dict[str, int]
 
+    def encode(self, prompts: Sequence[Any]) -> list[list[int]]: ...
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]: ...
     def score(self, texts: Sequence[str], rows: Sequence[Any]) -> list[float]: ...
     def measure(self, texts: Sequence[str], rows: Sequence[Any]) -> list[dict[str, float]]: ...
@@ -69,7 +70,8 @@ class Context:
 
     rows: N entries, G consecutive copies of each prompt. `reward_names`, `reward_roles`, `reward_weights` are
     aligned. `rewards_all` holds every draw of the generation by reward name, those that dynamic sampling dropped
-    included; without dynamic sampling it equals `rewards`.
+    included; without dynamic sampling it equals `rewards`. `temperature` and `top_p` are those of rollouts, for a
+    method that writes its own; `first_group` is the group of the first row (processes count on).
     """
 
     mode: str  # train | eval
@@ -77,6 +79,9 @@ class Context:
     round: int  # generations done
     group_size: int
     services: Services
+    temperature: float = 1.0
+    top_p: float = 1.0
+    first_group: int = 0
     rows: list[Any] = field(default_factory=list)
     trajs: list[Trajectory] = field(default_factory=list)
     reward_names: list[str] = field(default_factory=list)
@@ -89,6 +94,10 @@ class Context:
     signal_fn: Callable[..., Tensor] | None = None
 
     # services under the names that methods use
+    def encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Ids of prompts (text or messages) as the model meets them when it generates."""
+        return self.services.encode(prompts)
+
     def generate(self, requests: Sequence[Any], stream: str) -> list[list[Any]]:
         """Samples with own settings and an own random stream; the global stream is untouched.
 

@@ -35,6 +35,7 @@ STACKS = {
     "ha_dw": "method=[ha_dw]",
     "ppo": "objective=ppo",
     "srft": "method=[srft]",
+    "ziprl": "method=[ziprl_archive,shuffle] method.shuffle.target=ziprl.qualities task=archive_walk",
     "vsrm": "method=[vsrm_chain,overthinking_chain] objective=reinforce_pp task=chain",
 }
 
