@@ -69,9 +69,12 @@ class GraphMemory(Method):
         check_range("method.graph_memory.max_strategies", self.max_strategies, 1)
         check_range("method.graph_memory.temperature", self.temperature, 0.0, above=True)
         check_range("method.graph_memory.learning_rate", self.learning_rate, 0.0)
-        if isinstance(self.planted, str):
+        if isinstance(self.planted, str) or not all(isinstance(text, str) for text in self.planted):
             raise ConfigError("planted is a list of texts", where="method.graph_memory.planted", got=self.planted)
         if self.memory is not None:
+            if not isinstance(self.memory, Memory):
+                how = "{_target_: experiments.memory_file.load, path: FILE}"
+                raise ConfigError("no memory", where="method.graph_memory.memory", got=self.memory, expected=how)
             self.store = self.memory
 
     # ---- prompts ----
@@ -149,7 +152,7 @@ class GraphMemory(Method):
         return [told[b] if slot >= G // 2 else row for b, row in enumerate(rows) for slot in range(G)]
 
     def select(self, batch: Batch, ctx: Context) -> Batch:
-        """Learns from the generation under `graph_weights`, and leaves one row, fully masked, for the step."""
+        """Learns from the generation under `graph_weights`, and leaves one rollout, fully masked, for the step."""
         if ctx.limits.objective != TEACHER:
             return batch
         if self._tried is not None:
@@ -157,7 +160,7 @@ class GraphMemory(Method):
         elif self._building(len(ctx.trajs) // ctx.group_size, ctx):
             self._build(ctx)
         self._note()
-        left = batch.take([0])
+        left = batch.take([ctx.group_size - 1])
         left.model_mask_ST = torch.zeros_like(left.model_mask_ST)
         return left
 
