@@ -119,21 +119,28 @@ def _sample(task: Any, engine: Any, rows: Sequence[Any], how: Sampling, encode, 
 
 def stack_of(cfg: Any) -> Stack:
     """The methods of `cfg.method` as they were trained in `cfg.model.init`, or fresh; for evaluation only."""
-    from pathlib import Path
-
-    from experiments import checkpoints
     from experiments.engines.build import instantiate
-    from experiments.weights import find_init
     from methods.objectives.base import Objective
 
     # Nothing is trained, so no objective can be wrong.
     stack = Stack([instantiate(node) for node in cfg.method.values()], Objective(), check=False)
-    init = cfg.model.get("init")
-    if init:
-        folder = Path(find_init(init, int(cfg.seed), cfg.results_dir))
-        if (folder / "state.json").is_file():
-            saved = checkpoints.read_state(folder)["trainer"].get("stack", {}).get("methods", {})
-            for method in stack.methods:
-                if method.name in saved:
-                    method.load_state_dict(saved[method.name])
+    saved = saved_states(cfg)
+    for method in stack.methods:
+        if method.name in saved:
+            method.load_state_dict(saved[method.name])
     return stack
+
+
+def saved_states(cfg: Any) -> dict[str, Any]:
+    """The states that methods had at the end of the run that `cfg.model.init` names; {} where there is none."""
+    from pathlib import Path
+
+    from experiments import checkpoints
+    from experiments.weights import find_init
+
+    if not cfg.model.get("init"):
+        return {}
+    folder = Path(find_init(cfg.model.init, int(cfg.seed), cfg.results_dir))
+    if not (folder / "state.json").is_file():
+        return {}
+    return checkpoints.read_state(folder)["trainer"].get("stack", {}).get("methods", {})

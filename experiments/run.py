@@ -188,7 +188,7 @@ def threads_for(loaded) -> None:
 def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> None:
     from transformers import PrinterCallback
 
-    from experiments import measure, rewards
+    from experiments import hooked, measure, rewards
     from experiments.engines.build import instantiate
     from experiments.progress import Progress
     from experiments.recorder import Recorder
@@ -221,6 +221,7 @@ def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> N
             progress=progress,
         )
         trainer.attach(recorder, writer.sample, cfg.record.samples_per_step)
+        trainer.stack.inherit(hooked.saved_states(cfg))
         resume = resume_from(writer, recorder, trainer.load_state_dict)
         meter.prepare()
         if recorder.step < cfg.trainer.max_steps:
@@ -283,7 +284,7 @@ def build_trainer(cfg: DictConfig, batches: batching.BatchPlan, task, loaded, ro
         num_iterations=batches.iterations,
         max_completion_length=t.max_completion_tokens or task.max_completion_tokens,
         max_steps=t.max_steps,
-        learning_rate=t.learning_rate,
+        learning_rate=0.0 if stack.objective.frozen else t.learning_rate,  # else weight decay would move it
         lr_scheduler_type=SCHEDULES[t.lr_schedule],
         warmup_steps=t.warmup_steps,
         weight_decay=t.weight_decay,

@@ -162,6 +162,7 @@ class TrainingServices(Services):
             max_completion_tokens=trainer.max_completion_length,
             group_size=trainer.num_generations,
             scale_rewards=trainer.stack.objective.scale_rewards,
+            objective=trainer.stack.objective.name,
             rows_per_device=trainer.args.per_device_train_batch_size,
             vocab_size=trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().num_embeddings,
         )

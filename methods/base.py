@@ -310,6 +310,9 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def inherit(self, state: dict[str, Any]) -> None:
+        """Before training: the state that this method had in the run of `model.init`. Most begin anew."""
+
     def metrics(self) -> dict[str, float]:
         """Values logged as `<method>/<key>` once per generation."""
         return {}

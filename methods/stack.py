@@ -65,6 +65,7 @@ class Stack:
                     expected="one owner, because their results cannot be merged",
                     fix=f"drop {' or '.join(owners)} from the stack",
                 )
+        self._check_purpose()
         for method in self.methods:
             self._check_needs(method)
             self._check_pair(method)
@@ -90,6 +91,19 @@ class Stack:
                 where="objective.dynamic_sampling",
                 got=True,
                 fix="set objective.dynamic_sampling=false",
+            )
+
+    def _check_purpose(self) -> None:
+        """An objective that serves certain methods is refused without them, and with others, which want to train."""
+        wanted = self.objective.methods
+        found = [m.name for m in self.methods if not isinstance(m, Control)]
+        if wanted and tuple(found) != wanted:
+            raise ConfigError(
+                f"the objective {self.objective.name} serves {' and '.join(wanted)} alone",
+                where="method",
+                got=", ".join(found) or "an empty stack",
+                expected=", ".join(wanted),
+                fix=f"choose objective=grpo, or method=[{','.join(wanted)}]",
             )
 
     def _check_needs(self, method: Method) -> None:
@@ -284,3 +298,9 @@ class Stack:
         self.objective.load_state_dict(state["objective"])
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
+
+    def inherit(self, states: dict[str, Any]) -> None:
+        """Hands each method what it left in an earlier run."""
+        for method in self.methods:
+            if method.name in states:
+                method.inherit(states[method.name])

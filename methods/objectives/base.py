@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ class Objective:
     """Creates advantages and computes the loss.
 
     Class attributes: `ratio_level` (token | sequence), `clips` (it has a clip range), `group_baseline`,
-    `needs` (old_logps, ref_logps ...). `beta` is the weight of the KL to the start model (k3 estimator times the
+    `needs` (old_logps, ref_logps ...), `methods` (it serves only a stack with these; empty: any stack), `frozen` (the
+    policy stays as it is). `beta` is the weight of the KL to the start model (k3 estimator times the
     ratio, TRL's default form); 0 loads no reference model.
     """
 
@@ -31,6 +32,8 @@ class Objective:
     clips = False
     group_baseline = True
     dynamic_sampling = False
+    methods: ClassVar[tuple[str, ...]] = ()
+    frozen = False
     modules_learning_rate = None  # of `modules`; None = the policy's
 
     def __post_init__(self) -> None:

@@ -1,0 +1,295 @@
+"""The three-layer memory: questions, canonical paths, strategies, and the weighted edges between them.
+
+Sizes: Q stored questions, D embedding, J paths, M strategies, E edges, B new questions. The paper writes edge masks A
+and weights W as matrices; here both are lists of edges, so that what is not an edge has no weight to learn.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from methods.errors import DataError
+from methods.graph_memory.machine import Path
+from methods.graph_memory.relevance import Floats, Ints, nearest_of, unit
+
+LEAST_WEIGHT, MOST_WEIGHT = 0.01, 5.0  # at 0 an edge would cut the other edge of its path off from any gradient
+ROWS = 64  # questions compared with the store at a time, which bounds the memory
+KINDS = ("contrast", "speculative", "planted")
+
+
+@dataclass
+class Strategy:
+    """A short advice. Evidence is questions: `support` for it, `contradictions` where what it avoids won."""
+
+    text: str
+    kind: str = "contrast"
+    support: int = 0
+    contradictions: int = 0
+    born: int = 0
+
+    @property
+    def observations(self) -> int:
+        return self.support + self.contradictions
+
+    @property
+    def confidence(self) -> float:
+        """support / (support + contradictions); 1 without evidence."""
+        return self.support / self.observations if self.observations else 1.0
+
+
+@dataclass
+class Edges:
+    """Edges sorted by (source, target), each once. `count_E2`: the successes and failures that they stand for."""
+
+    source_E: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    target_E: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    weight_E: Floats = field(default_factory=lambda: np.zeros(0))
+    count_E2: Ints = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+
+    def __len__(self) -> int:
+        return len(self.source_E)
+
+    def matrix(self, rows: int, columns: int, values_E: Floats | None = None) -> csr_matrix:
+        """(rows, columns) weights, or `values_E`, at the edges."""
+        values_E = self.weight_E if values_E is None else values_E
+        pointer = np.searchsorted(self.source_E, np.arange(rows + 1))
+        return csr_matrix((values_E, self.target_E, pointer), shape=(rows, columns))
+
+    def kept(self, keep_E: NDArray[np.bool_]) -> Edges:
+        return Edges(self.source_E[keep_E], self.target_E[keep_E], self.weight_E[keep_E], self.count_E2[keep_E])
+
+
+def joined(parts: Sequence[Edges], mean: bool = False) -> Edges:
+    """The edges of all parts; counts add up, an edge of several parts keeps the first weight, or takes their mean."""
+    source, target = (np.concatenate([getattr(p, name) for p in parts]) for name in ("source_E", "target_E"))
+    weight = np.concatenate([p.weight_E for p in parts])
+    order = np.lexsort((target, source))  # stable: an earlier part comes first
+    source, target, weight = source[order], target[order], weight[order]
+    new = np.ones(len(source), bool)
+    new[1:] = (source[1:] != source[:-1]) | (target[1:] != target[:-1])
+    group = np.cumsum(new) - 1
+    count = np.zeros((int(new.sum()), 2), np.int64)
+    np.add.at(count, group, np.concatenate([p.count_E2 for p in parts])[order])
+    if mean:
+        return Edges(source[new], target[new], np.bincount(group, weight) / np.bincount(group), count)
+    return Edges(source[new], target[new], weight[new], count)
+
+
+@dataclass
+class Activation:
+    """What a batch of new questions wakes: similarities (0 outside the neighbours), first hop, relevance."""
+
+    similarity_BQ: csr_matrix
+    hop_BJ: Floats
+    relevance_BM: Floats
+
+
+@dataclass
+class Memory:
+    """The stored layers. Embeddings are unit vectors, or zero. DataError for parts that do not fit together."""
+
+    questions: list[str] = field(default_factory=list)
+    embedding_QD: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    paths: list[Path] = field(default_factory=list)
+    strategies: list[Strategy] = field(default_factory=list)
+    to_paths: Edges = field(default_factory=Edges)  # questions -> paths
+    to_strategies: Edges = field(default_factory=Edges)  # paths -> strategies
+
+    def __post_init__(self) -> None:
+        self.index_of = {text: i for i, text in enumerate(self.questions)}
+        self._path_of = {path: i for i, path in enumerate(self.paths)}
+        self._strategy_of = {normalised(s.text): i for i, s in enumerate(self.strategies)}
+        self.check()
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return len(self.questions), len(self.paths), len(self.strategies)
+
+    def check(self) -> None:
+        """DataError for a dangling edge, a repeated node, a weight outside its range, or rows that do not match."""
+        Q, J, M = self.sizes
+        for name, edges, rows, columns in (
+            ("question -> path", self.to_paths, Q, J),
+            ("path -> strategy", self.to_strategies, J, M),
+        ):
+            ends = ((edges.source_E, rows), (edges.target_E, columns))
+            dangling = [int(i) for ids, size in ends for i in ids[(ids < 0) | (ids >= size)]]
+            if dangling:
+                raise _bad(f"an edge {name} leads to a node that does not exist", f"node {dangling[0]}")
+            inside = (edges.weight_E >= LEAST_WEIGHT) & (edges.weight_E <= MOST_WEIGHT)
+            if not inside.all():
+                expected = f"{LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+                raise _bad(f"an edge {name} has an impossible weight", edges.weight_E[~inside][0], expected)
+            if not len(edges) == len(edges.target_E) == len(edges.weight_E) == len(edges.count_E2):
+                raise _bad(f"the columns of the edges {name} differ in length", len(edges))
+            steps = np.diff(edges.source_E * max(columns, 1) + edges.target_E)
+            if (steps <= 0).any():
+                raise _bad(f"the edges {name} are not in order, or one is there twice", int(np.argmax(steps <= 0)))
+        layers = (("question", Q, self.index_of), ("path", J, self._path_of), ("strategy", M, self._strategy_of))
+        for name, size, known in layers:
+            if size != len(known):
+                raise _bad(f"a {name} is there twice", f"{size - len(known)} repeats")
+        if len(self.embedding_QD) != Q:
+            raise _bad("questions and embeddings differ in number", f"{Q} and {len(self.embedding_QD)}")
+
+    # ---- growing ----
+    def add_questions(self, texts: Sequence[str], embedding_BD: Floats, outcomes: Sequence[Counter]) -> None:
+        """Questions with `outcomes[b][path, success]` rollouts; a known question's counts add up, its weights stay."""
+        self.refuse_other_width(embedding_BD)
+        rows: list[tuple[int, int, bool, int]] = []
+        fresh = []
+        for b, (text, found) in enumerate(zip(texts, outcomes, strict=True)):
+            if text not in self.index_of:
+                self.index_of[text] = len(self.questions)
+                self.questions.append(text)
+                fresh.append(b)
+            rows += [(self.index_of[text], self.path(p), won, n) for (p, won), n in found.items()]
+        if fresh:
+            stored_QD = self.embedding_QD if self.embedding_QD.size else np.zeros_like(embedding_BD[:0])
+            self.embedding_QD = np.concatenate([stored_QD, unit(embedding_BD[fresh])])
+        self.to_paths = joined([self.to_paths, _edges(rows, 1.0)])
+
+    def path(self, states: Path) -> int:
+        if states not in self._path_of:
+            self._path_of[states] = len(self.paths)
+            self.paths.append(states)
+        return self._path_of[states]
+
+    def find(self, text: str) -> Strategy | None:
+        k = self._strategy_of.get(normalised(text))
+        return None if k is None else self.strategies[k]
+
+    def add_strategy(self, text: str, kind: str, evidence: Sequence[tuple[int, bool]], born: int) -> None:
+        """One more question of support, with edges from the paths of `evidence` (path, success).
+
+        Equal text is the same strategy. A speculative one becomes `contrast` with its first contrast; a new edge of a
+        strategy that is still speculative weighs 0.5.
+        """
+        known = self.find(text)
+        if known is None:
+            known = Strategy(text, kind, born=born)
+            self._strategy_of[normalised(text)] = len(self.strategies)
+            self.strategies.append(known)
+        elif kind == "contrast" and known.kind == "speculative":
+            known.kind = kind
+        k = self._strategy_of[normalised(text)]
+        known.support += kind != "planted"
+        rows = [(path, k, won, int(kind != "planted")) for path, won in evidence]
+        self.to_strategies = joined([self.to_strategies, _edges(rows, 0.5 if known.kind == "speculative" else 1.0)])
+
+    def keep_strategies(self, keep_M: NDArray[np.bool_]) -> None:
+        """Drops the other strategies with their edges."""
+        number_M = np.cumsum(keep_M) - 1
+        edges = self.to_strategies.kept(keep_M[self.to_strategies.target_E])
+        self.to_strategies = replace(edges, target_E=number_M[edges.target_E])
+        self.strategies = [s for s, keep in zip(self.strategies, keep_M, strict=True) if keep]
+        self._strategy_of = {normalised(s.text): i for i, s in enumerate(self.strategies)}
+
+    # ---- retrieval ----
+    def activate(self, embedding_BD: Floats, neighbours: int) -> Activation:
+        """rho = (A_tm * W_tm)^T (A_qt * W_qt)^T s per new question, s the cosines of its nearest stored ones.
+
+        s is clipped to [0, 1]: a negative similarity would flip the credit. Equal similarities: the older question.
+        """
+        Q, J, M = self.sizes
+        similarity_BQ = self.similarities(embedding_BD, neighbours)
+        hop: Any = similarity_BQ @ self.to_paths.matrix(Q, J)
+        hop_BJ = hop.toarray()
+        return Activation(similarity_BQ, hop_BJ, np.asarray(hop_BJ @ self.to_strategies.matrix(J, M)))
+
+    def similarities(self, embedding_BD: Floats, neighbours: int) -> csr_matrix:
+        """(B, Q) cosine similarities to the `neighbours` nearest stored questions, 0 elsewhere."""
+        Q = len(self.questions)
+        self.refuse_other_width(embedding_BD)
+        values, columns, counts = [np.zeros(0)], [np.zeros(0, np.int64)], []
+        for start in range(0, len(embedding_BD), ROWS):
+            part_BD = unit(embedding_BD[start : start + ROWS])
+            similarity_BQ = part_BD @ self.embedding_QD.T if Q else np.zeros((len(part_BD), 0))
+            for similarity_Q in np.clip(similarity_BQ, 0, 1):
+                nearest = nearest_of(similarity_Q, neighbours)
+                values.append(similarity_Q[nearest])
+                columns.append(nearest)
+                counts.append(len(nearest))
+        pointer = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        return csr_matrix((np.concatenate(values), np.concatenate(columns), pointer), shape=(len(embedding_BD), Q))
+
+    def refuse_other_width(self, embedding_BD: Floats) -> None:
+        mine, theirs = self.embedding_QD.shape[1], embedding_BD.shape[1]
+        if self.questions and mine != theirs:
+            raise _bad("its embeddings were made by another encoder", f"{theirs} numbers each", f"{mine}")
+
+    # ---- learning ----
+    def gradients(self, activation: Activation, slope_BM: Floats) -> tuple[Floats, Floats]:
+        """Of the loss, from `slope_BM` = dL/drho, on the weights of both kinds of edges, summed over questions.
+
+        dL/dw_tm(j,l) = h_j dL/drho_l with h = (A_qt * W_qt)^T s,  dL/dw_qt(i,j) = s_i sum_l w_tm(j,l) dL/drho_l.
+        """
+        _, J, M = self.sizes
+        tm, qt = self.to_strategies, self.to_paths
+        to_strategies_E = np.einsum("be,be->e", activation.hop_BJ[:, tm.source_E], slope_BM[:, tm.target_E])
+        back_BJ = np.asarray(slope_BM @ tm.matrix(J, M).T)
+        to_paths_E = np.zeros(len(qt))
+        near = activation.similarity_BQ.tocoo()
+        first, last = (np.searchsorted(qt.source_E, near.col, side) for side in ("left", "right"))
+        size = last - first
+        # All edges of all neighbours in one list: the start of each neighbour's edges, counted on from there.
+        edge = np.repeat(first - (np.cumsum(size) - size), size) + np.arange(size.sum())
+        row, similarity = np.repeat(near.row, size), np.repeat(near.data, size)
+        np.add.at(to_paths_E, edge, similarity * back_BJ[row, qt.target_E[edge]])
+        return to_paths_E, to_strategies_E
+
+    def step(self, gradients: tuple[Floats, Floats], learning_rate: float) -> None:
+        """w <- clip(w - eta dL/dw)."""
+        for edges, gradient_E in zip((self.to_paths, self.to_strategies), gradients, strict=True):
+            edges.weight_E = np.clip(edges.weight_E - learning_rate * gradient_E, LEAST_WEIGHT, MOST_WEIGHT)
+
+
+def _edges(rows: Sequence[tuple[int, int, bool, int]], weight: float) -> Edges:
+    """From (source, target, success, count)."""
+    source, target, won, count = (np.array([r[k] for r in rows], np.int64) for k in range(4))
+    return Edges(source, target, np.full(len(rows), weight), np.stack([count * won, count * (1 - won)], axis=1))
+
+
+def normalised(text: str) -> str:
+    """Strategies with the same words are one."""
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def state_of(memory: Memory) -> dict[str, Any]:
+    """The memory as tensors and JSON values."""
+
+    def tensors(edges: Edges) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(values.copy()) for name, values in vars(edges).items()}
+
+    return {
+        "questions": list(memory.questions),
+        "embedding_QD": torch.from_numpy(memory.embedding_QD.copy()),
+        "paths": [list(path) for path in memory.paths],
+        "strategies": [vars(s).copy() for s in memory.strategies],
+        "to_paths": tensors(memory.to_paths),
+        "to_strategies": tensors(memory.to_strategies),
+    }
+
+
+def memory_of(state: Mapping[str, Any]) -> Memory:
+    """The memory that `state_of` described. DataError if it is damaged."""
+    return Memory(
+        list(state["questions"]),
+        state["embedding_QD"].numpy(),
+        [tuple(path) for path in state["paths"]],
+        [Strategy(**s) for s in state["strategies"]],
+        *(Edges(**{n: x.numpy() for n, x in state[name].items()}) for name in ("to_paths", "to_strategies")),
+    )
+
+
+def _bad(what: str, got: object, expected: str = "") -> DataError:
+    return DataError(f"The memory is damaged: {what}", where="graph memory", got=got, expected=expected)
