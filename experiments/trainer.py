@@ -236,15 +236,9 @@ class AssayTrainer(GRPOTrainer):
                 batch.completion_ids_ST.size(1),
                 batch_size=self.args.per_device_train_batch_size,
                 compute_entropy=entropies,
-                **self._images(batch, ids),
+                **vision.batch_inputs(self, batch, ids),
             )
         return logps, ents
-
-    def _images(self, batch: Batch, ids: Tensor) -> dict[str, Any]:
-        """What TRL's forward takes beside the ids of a batch whose prompts hold images."""
-        images = [vision.images_of(batch.trajs[i].row.prompt) for i in batch.traj_S.tolist()]
-        made = vision.model_inputs(self.processing_class, self.accelerator.unwrap_model(self.model), ids, images)
-        return made | {"num_images": [len(row) for row in images]} if made else {}
 
     def reference_logps(self, batch: Batch) -> Tensor:
         if self.ref_model is not None:
@@ -292,11 +286,9 @@ class AssayTrainer(GRPOTrainer):
             out["old_per_token_logps"] = selected.old_logps_ST
         if selected.ref_logps_ST is not None:
             out["ref_per_token_logps"] = selected.ref_logps_ST
-        images = self._images(selected, selected.sequences()[0])
+        images = vision.batch_inputs(self, selected, selected.sequences()[0])
         if images and not untouched:
-            raise ConfigError(
-                "a method that drops, adds or weighs rollouts cannot take prompts with images", where="method"
-            )
+            raise ConfigError("methods that drop, add or weigh rollouts take no images", where="method")
         return out | images | {f"extra/{name}": x for name, x in selected.extras.items()}
 
     # ---- one micro-batch ----

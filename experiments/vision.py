@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from methods.batch import Batch
 from methods.errors import ConfigError
 
 FIELDS = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "num_images")
@@ -22,6 +23,13 @@ def images_of(prompt: str | Sequence[dict]) -> list[Any]:
     messages = [] if isinstance(prompt, str) else prompt
     parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
     return [part["image"] for part in parts if part["type"] == "image"]
+
+
+def batch_inputs(trainer: Any, batch: Batch, ids_BL: Tensor) -> dict[str, Any]:
+    """What TRL's forward takes beside the ids of a batch whose prompts hold images."""
+    images = [images_of(batch.trajs[i].row.prompt) for i in batch.traj_S.tolist()]
+    made = model_inputs(trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model), ids_BL, images)
+    return made | {"num_images": [len(row) for row in images]} if made else {}
 
 
 def model_inputs(processor: Any, model: Any, ids_BL: Tensor, images: Sequence[Sequence[Any]]) -> dict[str, Any]:
