@@ -30,8 +30,8 @@ class AutoSearch(Method):
     `search_form` and `answer_form` are regular expressions that a whole turn must match. `forced`: the opening of an
     answer that is put behind the history to get a self-answer (tiny models); empty: a prompt that shows the question
     and the history, as in the paper. The verifier's EM decides what is right (`task.metrics()["em"]` where there is
-    one), its F1 what was gained. Ablations: efficiency=false leaves base and quality, and overwrites nothing (zeroing
-    the constants alone would still erase outcomes); quality=false drops the F1 gains.
+    one), its F1 what was gained. efficiency=false, an ablation, leaves base and quality and overwrites nothing (zeroing
+    the constants alone would still erase outcomes).
 
     Differs from the paper: paper and code disagree; `code` is the variant whose every constant could be read. An
     efficiency step is not below 0 (t_c > 8). Every gold answer counts for a self-answer, not the first alone.
@@ -45,7 +45,6 @@ class AutoSearch(Method):
     forced: str = ""
     probe_tokens: int = 256
     efficiency: bool = True
-    quality: bool = True
     last: dict[str, float] = field(default_factory=dict, init=False)
 
     name = "autosearch"
@@ -83,7 +82,7 @@ class AutoSearch(Method):
         for i, (traj, probed) in enumerate(zip(trajs, answers, strict=True)):
             said = self.judge(traj, probed, outcome_N[i], ctx)
             depths.append(said.depth)
-            for turn, reward in zip(turns_of(traj)[: len(said.valid)], reward_of(said, self.quality), strict=True):
+            for turn, reward in zip(turns_of(traj)[: len(said.valid)], reward_of(said), strict=True):
                 if turn.end > turn.start:
                     rewards_ST[row_of[i] + turn.segment, turn.end - 1] += reward
         searches = [len(observed(t)) for t in trajs]

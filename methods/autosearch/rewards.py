@@ -58,32 +58,32 @@ def effective(depth: int) -> float:
     return max(0.0, 0.5 * (0.4 / depth - 0.05))
 
 
-def without_efficiency(s: Searched, quality: bool = True) -> list[float]:
+def without_efficiency(s: Searched) -> list[float]:
     """r_t = base + quality: no efficiency term, and nothing overwritten."""
     rewards = base_rewards(s)
-    for t, gain in enumerate(gains(s.f1) if quality else ()):
+    for t, gain in enumerate(gains(s.f1)):
         rewards[t] += gain
     return rewards
 
 
-def paper_sum(s: Searched, quality: bool = True) -> list[float]:
+def paper_sum(s: Searched) -> list[float]:
     """r_t = base + efficiency + quality, as the paper's summaries give it.
 
     Efficiency of search t: effective(t_c) up to t_c, -0.05 after it, +0.0125 if no self-answer was right.
     """
-    rewards, depth = without_efficiency(s, quality), s.depth
+    rewards, depth = without_efficiency(s), s.depth
     for t in range(1, len(s.f1) + 1):
         rewards[t - 1] += KEEP_GOING if depth < 0 else effective(depth) if t <= depth else OVER_SEARCH
     return rewards
 
 
-def released_code(s: Searched, quality: bool = True) -> list[float]:
+def released_code(s: Searched) -> list[float]:
     """The rewards of the authors' program: turns after a self-answer that was right too early are overwritten."""
     L, n = len(s.valid), len(s.f1)
     rewards = base_rewards(s)
     right = s.right if s.first_right is None else s.first_right
     early = next((t for t, ok in enumerate(right) if ok and t < n - 1), None)
-    for t, gain in enumerate(gains(s.f1)[: n if early is None else early + 1] if quality else ()):
+    for t, gain in enumerate(gains(s.f1)[: n if early is None else early + 1]):
         rewards[t] += gain
     if n and s.final <= 0.5:
         for t in range(L):

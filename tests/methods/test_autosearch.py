@@ -232,19 +232,17 @@ def test_without_efficiency_nothing_is_overwritten():
     """Case B: the over-searching but right rollout keeps its outcome; both variants come to base + quality."""
     s = searched(*CASES["B"][:3])
     assert without_efficiency(s) == pytest.approx([1.025, 0.025, 0.025, 1.1])
-    assert without_efficiency(s, quality=False) == pytest.approx(base_rewards(s))
-    assert released_code(s, quality=False) == pytest.approx([0.2, -0.05, -0.05, -0.05])
-    assert paper_sum(s, quality=False) == pytest.approx([0.2, -0.025, -0.025, 1.1])
+    assert base_rewards(s) == pytest.approx([0.025, 0.025, 0.025, 1.1])
 
 
-def test_ablations_reach_the_rewards(fake_context):
+def test_the_ablation_reaches_the_rewards(fake_context):
     trajs = [episode([1, 7, 1], 3)]
     totals = {}
-    for keys in ({}, {"efficiency": False}, {"quality": False}):
+    for keys in ({}, {"efficiency": False}):
         ctx, _ = context(fake_context, trajs, ["e3", "e4", "e4"])
         totals[str(keys)] = world(**keys).token_rewards(trajs, ctx).sum().item()
     # The third search repeats the first one's query, so that its base reward is negative.
-    assert list(totals.values()) == pytest.approx([1.05, 2.125, 0.05], abs=1e-6)
+    assert list(totals.values()) == pytest.approx([1.05, 2.125], abs=1e-6)
 
 
 def test_a_search_has_its_price(fake_context):
@@ -315,8 +313,7 @@ def test_a_forced_depth_is_exact(small_world, searcher, depth):
 
 
 def forced_world(depth):
-    keys = {"search_opening": "<s>", "search_closing": "</s>", "search_form": r"<s>(?P<entity>e\d+)</s>"}
-    return ForcedDepth(depth, **keys, result="<r>{}</r>", answer_opening="=", turn_tokens=3)
+    return ForcedDepth(depth, "<s>", "</s>", r"<s>(?P<entity>e\d+)</s>", "<r>{}</r>", "=", turn_tokens=3)
 
 
 def test_a_forced_depth_with_a_form_that_cannot_be():
