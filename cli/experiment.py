@@ -29,6 +29,7 @@ class Experiment:
     primary: dict[str, Any] = field(default_factory=dict)
     secondary: list[dict[str, Any]] = field(default_factory=list)
     controls: dict[str, str] = field(default_factory=dict)
+    axis: dict[str, Any] = field(default_factory=dict)  # name, groups: {panel: {arm: place}}; drawn as curves
     budget: float | None = None
     smoke: dict[str, Any] = field(default_factory=dict)
     note: str = ""
@@ -121,6 +122,9 @@ def _check(spec: Experiment) -> None:
             raise ConfigError(f"smoke has no key '{key}'", where=where, expected=", ".join(SMOKE_KEYS))
     named = {"baseline": spec.baseline, "primary.arm": spec.primary.get("arm")}
     named |= {f"controls.{arm}": arm for arm in spec.controls}
+    groups = _mapping(spec.path, "axis.groups", spec.axis.get("groups") or {})
+    placed = [(name, arm) for name in groups for arm in _mapping(spec.path, f"axis.groups.{name}", groups[name])]
+    named |= {f"axis.groups.{name}: {arm}": arm for name, arm in placed}
     named |= {f"smoke.arms: {arm}": arm for arm in spec.smoke.get("arms") or []}
     named |= {f"arms.{arm}: model.init": spec.earlier(arm) for arm in spec.arms}
     for key, arm in named.items():

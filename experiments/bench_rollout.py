@@ -77,12 +77,18 @@ CHAT_RESPONSE = response_template(
 )
 LARGER = ("model.hidden_size=128", "model.layers=4", "model.feed_forward=256")
 LARGER = (*LARGER, "model.warm_start.steps=250", "model.warm_start.learning_rate=3e-3")
-REAL = ("model=smollm2", "task=multihop_qa", "task.form=hermes", "task.top_k=1", "task.passage_words=24")
-REAL = (*REAL, "task.suffix=''", "trainer.prompts_per_step=4", "trainer.rollouts_per_prompt=4")
+REAL = ("model=smollm2", "task=multihop_qa", "task.form=hermes", "task.top_k=1", "task.passage_words=16")
+REAL = (
+    *REAL,
+    "task.suffix=''",
+    "trainer.prompts_per_step=4",
+    "trainer.rollouts_per_prompt=4",
+    "trainer.rows_per_device=4",
+)
 CASES = (
     Case("0.08 M", WORLD, WORLD_TEMPLATE, WORLD_RESPONSE, "</s>"),
     Case("0.6 M", (*WORLD, *LARGER), WORLD_TEMPLATE, WORLD_RESPONSE, "</s>"),
-    Case("smollm2", (*REAL, "trainer.max_completion_tokens=96"), CHAT_TEMPLATE, CHAT_RESPONSE, pairs=5, warm_up=1),
+    Case("smollm2", (*REAL, "trainer.max_completion_tokens=72"), CHAT_TEMPLATE, CHAT_RESPONSE, pairs=5, warm_up=1),
 )
 
 

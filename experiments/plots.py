@@ -54,6 +54,7 @@ def draw(study: Study, folder: Path) -> dict[str, str]:
         for title, name, figure in (
             ("Learning curves", "learning_curves", _learning(study)),
             ("Paired differences", "differences", _forest(study)),
+            ("Along the axis", "axis", _along_axis(study)),
         ):
             if figure is not None:
                 save(figure, folder / name)
@@ -235,6 +236,37 @@ def _one_panel_per_arm(study: Study, curves: Mapping[str, Curve]):
         axis.tick_params(labelbottom=i + columns >= len(arms))
     figure.supylabel(_quantity(study), fontsize=10)
     figure.suptitle(f"each arm against {short(study.baseline)} (grey)", fontsize=10, color=BASELINE, x=0.01, ha="left")
+    return figure
+
+
+# ---------------------------------------------------------------- arms along an axis
+
+
+def _along_axis(study: Study):
+    """One panel per group of the plan's `axis`, one curve per tier: the evaluated column against the arms' places."""
+    axis_plan, spec = study.plan.get("axis") or {}, _spec(study)
+    groups = {
+        str(title): {arm: float(place) for arm, place in places.items() if arm in study.arms}
+        for title, places in (axis_plan.get("groups") or {}).items()
+    }
+    groups = {title: places for title, places in groups.items() if len(places) > 1}
+    if not groups or spec is None:
+        return None
+    tiers = next(iter(study.arms.values()))[0].tiers
+    hues = dict(zip(tiers, COLOURS, strict=False))
+    figure, axes = new_figure(3.2 * len(groups) + 1.2, 3.3, 1, len(groups), sharey=True, sharex=True)
+    curves: dict[str, Curve] = {}
+    for axis, (title, places) in zip(axes[0], groups.items(), strict=True):
+        for tier in hues:
+            metric = f"{spec.split}/{spec.column}/{tier}"
+            bands = [stats.mean_interval([r.value(metric) for r in study.arms[arm]]) for arm in places]
+            curves[tier] = _curve(list(places.values()), bands)
+            _line(axis, curves[tier], hues[tier])
+        axis.set_title(title, loc="left")
+        _dress(axis)
+        axis.set_xlabel(str(axis_plan.get("name", "")))
+    axes[0][0].set_ylabel(_quantity(study))
+    _direct_legend(axes[0][-1], curves, hues)
     return figure
 
 

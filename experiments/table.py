@@ -20,6 +20,7 @@ ENOUGH = 8  # paired seeds below which a comparison is a demonstration, not a te
 CAPTIONS = {
     "Learning curves": "Learning curves: mean over seeds with a 95 % band (t over seeds; over items for one seed).",
     "Paired differences": "Paired differences with 95 % intervals; a filled mark: the interval excludes zero.",
+    "Along the axis": "Each arm at its place on the axis, one curve per tier: mean over seeds with a 95 % band.",
 }
 DEMONSTRATION = "a demonstration, not a test"
 _PRIVATE = {"seed", "arm", "name", "experiment", "results_dir", "pair", "jobs", "hydra", "config_hash"}

@@ -49,7 +49,7 @@ def random_model(arithmetic, tmp_path_factory):
 
 @pytest.fixture
 def make_trainer(arithmetic, random_model, tmp_path):
-    """make_trainer(methods, objective=..., **trainer keys) -> AssayTrainer on fresh copies."""
+    """make_trainer(methods, objective=..., task=..., loaded=..., **trainer keys) -> AssayTrainer on fresh copies."""
     from omegaconf import OmegaConf
 
     from experiments import batching
@@ -57,7 +57,7 @@ def make_trainer(arithmetic, random_model, tmp_path):
     from experiments.run import PromptWrapper, device_arguments
     from methods.stack import Stack
 
-    def make(methods=(), objective=None, *, reward=None, rewards=None, folder=None, **keys):
+    def make(methods=(), objective=None, *, task=None, loaded=None, reward=None, rewards=None, folder=None, **keys):
         import torch
         from transformers import PrinterCallback, set_seed
         from trl import GRPOConfig
@@ -89,16 +89,17 @@ def make_trainer(arithmetic, random_model, tmp_path):
             **device_arguments(OmegaConf.create({"device": "cpu", "bf16": False, "gradient_checkpointing": False})),
         )
         fn = reward or _digit_share
+        task, loaded = task or arithmetic, loaded or random_model
         trainer = AssayTrainer(
             stack=stack,
-            rows=arithmetic.rows("train", 0),
+            rows=task.rows("train", 0),
             rewards=rewards or [RewardSpec("task", fn, 1.0, "outcome")],
-            task=arithmetic,
+            task=task,
             wrap_prompt=PromptWrapper(False),
             seed=seed,
             args=args,
-            model=copy.deepcopy(random_model.model),
-            processing_class=random_model.tokenizer,
+            model=copy.deepcopy(loaded.model),
+            processing_class=loaded.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.attach(SimpleCallback(), lambda sample: None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from experiments.seeds import derive
@@ -25,12 +25,14 @@ class SearchWorld(Task):
     that follows e12 and its type; `=e20` answers.
 
     hops: how far the answer is, per tier, with the weights of the tiers in `train` as `mixture`; that is the gold
-    depth, and searching on returns entities beyond the answer. distractors: unrelated records that each result shows
-    behind the right one. memory: the chance that the prompt's remark `me9` names the right answer (0: no remark, the
+    depth, and searching on returns entities beyond the answer. targets: questions ask for one of so many types; a tiny
+    model learns to tell two of them apart, not eight. distractors: unrelated records that each result shows behind the
+    right one. memory: the chance that the prompt's remark `me9` names the right answer (0: no remark, the
     shortcut does not exist). tool_noise: the chance that a result is another entity's record.
 
-    Demonstrations, for the warm start: before the answer is seen they give up with `demo_early` per step (and guess),
-    afterwards they search on with `demo_over`; a search goes to a random entity with `demo_noise`; with a remark they
+    Demonstrations, for the warm start, of all tiers alike (a tier that `mixture` leaves out is held out of the training
+    that follows): before the answer is seen they give up with `demo_early` per step (and guess), afterwards they search
+    on with `demo_over`; a search goes to a random entity with `demo_noise`; with a remark they
     use it with `demo_memory` and search nothing.
     """
 
@@ -41,15 +43,16 @@ class SearchWorld(Task):
     tiers: tuple[str, ...] = field(default=(), init=False)
     hops: dict[str, int] = field(default_factory=lambda: {"1": 1, "2": 2, "3": 3, "4": 4})
     mixture: dict[str, float] = field(default_factory=lambda: {"1": 1, "2": 1, "3": 1, "4": 0})
+    targets: int = 2
     distractors: int = 0
     memory: float = 0.0
     tool_noise: float = 0.0
     max_calls: int = 4
-    demo_early: float = 0.12
-    demo_over: float = 0.88
+    demo_early: float = 0.08
+    demo_over: float = 0.8
     demo_noise: float = 0.0
     demo_memory: float = 0.0
-    train_rows: int = 6000
+    train_rows: int = 12000
     eval_rows: int = 384
 
     def __post_init__(self) -> None:
@@ -64,6 +67,10 @@ class SearchWorld(Task):
             )
         if not all(isinstance(k, int) and 1 <= k <= 8 for k in self.hops.values()):
             raise ConfigError("Each tier needs 1 to 8 hops", where="task.hops", got=self.hops)
+        if not 1 <= self.targets <= len(TYPES):
+            raise ConfigError(
+                "So many types do not exist", where="task.targets", got=self.targets, expected=f"1 to {len(TYPES)}"
+            )
         for key in ("memory", "tool_noise", "demo_early", "demo_over", "demo_noise", "demo_memory"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ConfigError("Not a probability", where=f"task.{key}", got=getattr(self, key), expected="0 to 1")
@@ -87,9 +94,13 @@ class SearchWorld(Task):
             rows += [self._row(f"{tier}/{split}-{i}", tier, hops, split, rng) for i in range(round(share))]
         return shuffled(rows, seed, "search_world", split)
 
+    def warm_rows(self, seed: int) -> list[Row]:
+        """Demonstrations of every tier, also of those that `mixture` leaves out."""
+        return replace(self, mixture=dict.fromkeys(self.hops, 1.0)).rows("train", seed)
+
     def _row(self, name: str, tier: str, hops: int, split: str, rng: random.Random) -> Row:
         way = rng.sample(ENTITIES, len(ENTITIES))  # a cycle: e follows e, nothing comes twice
-        target = rng.choice(TYPES)
+        target = rng.choice(TYPES[: self.targets])
         others = [t for t in TYPES if t != target]
         kinds = {e: rng.choice(TYPES) for e in way}
         kinds |= {e: rng.choice(others) for e in way[:hops]} | {way[hops]: target}

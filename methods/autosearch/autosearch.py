@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from methods.autosearch.probes import SelfAnswers, observed, self_answers
-from methods.autosearch.rewards import VARIANTS, Searched, repeats
+from methods.autosearch.rewards import VARIANTS, Searched, repeats, without_efficiency
 from methods.base import Context, Method, Trajectory, Turn
 from methods.errors import ConfigError, check_range
 
@@ -30,7 +30,8 @@ class AutoSearch(Method):
     `search_form` and `answer_form` are regular expressions that a whole turn must match. `forced`: the opening of an
     answer that is put behind the history to get a self-answer (tiny models); empty: a prompt that shows the question
     and the history, as in the paper. The verifier's EM decides what is right (`task.metrics()["em"]` where there is
-    one), its F1 what was gained.
+    one), its F1 what was gained. efficiency=false, an ablation, leaves base and quality and overwrites nothing (zeroing
+    the constants alone would still erase outcomes).
 
     Differs from the paper: paper and code disagree; `code` is the variant whose every constant could be read. An
     efficiency step is not below 0 (t_c > 8). Every gold answer counts for a self-answer, not the first alone.
@@ -43,6 +44,7 @@ class AutoSearch(Method):
     answer_form: str = r"<think>.*?</think>\s*<answer>.*?</answer>"
     forced: str = ""
     probe_tokens: int = 256
+    efficiency: bool = True
     last: dict[str, float] = field(default_factory=dict, init=False)
 
     name = "autosearch"
@@ -75,11 +77,12 @@ class AutoSearch(Method):
         self._shuffle(answers, ctx)
         rewards_ST = torch.zeros_like(batch.adv_ST)
         row_of = {int(t): row for row, t in reversed(list(enumerate(batch.traj_S.tolist())))}
+        reward_of = VARIANTS[self.variant] if self.efficiency else without_efficiency
         depths = []
         for i, (traj, probed) in enumerate(zip(trajs, answers, strict=True)):
             said = self.judge(traj, probed, outcome_N[i], ctx)
             depths.append(said.depth)
-            for turn, reward in zip(turns_of(traj)[: len(said.valid)], VARIANTS[self.variant](said), strict=True):
+            for turn, reward in zip(turns_of(traj)[: len(said.valid)], reward_of(said), strict=True):
                 if turn.end > turn.start:
                     rewards_ST[row_of[i] + turn.segment, turn.end - 1] += reward
         searches = [len(observed(t)) for t in trajs]

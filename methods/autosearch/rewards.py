@@ -58,15 +58,22 @@ def effective(depth: int) -> float:
     return max(0.0, 0.5 * (0.4 / depth - 0.05))
 
 
+def without_efficiency(s: Searched) -> list[float]:
+    """r_t = base + quality: no efficiency term, and nothing overwritten."""
+    rewards = base_rewards(s)
+    for t, gain in enumerate(gains(s.f1)):
+        rewards[t] += gain
+    return rewards
+
+
 def paper_sum(s: Searched) -> list[float]:
     """r_t = base + efficiency + quality, as the paper's summaries give it.
 
     Efficiency of search t: effective(t_c) up to t_c, -0.05 after it, +0.0125 if no self-answer was right.
     """
-    rewards, depth = base_rewards(s), s.depth
-    for t, gain in enumerate(gains(s.f1), start=1):
-        step = KEEP_GOING if depth < 0 else effective(depth) if t <= depth else OVER_SEARCH
-        rewards[t - 1] += step + gain
+    rewards, depth = without_efficiency(s), s.depth
+    for t in range(1, len(s.f1) + 1):
+        rewards[t - 1] += KEEP_GOING if depth < 0 else effective(depth) if t <= depth else OVER_SEARCH
     return rewards
 
 

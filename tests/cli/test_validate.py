@@ -77,6 +77,11 @@ def test_a_variant_may_differ_but_must_construct(own):
     ("old", "new", "part"),
     [
         ("baseline: plain", "baseline: plane", "baseline names no arm"),
+        (
+            "baseline: plain",
+            "baseline: plain\naxis: {groups: {all: {plane: 0}}}",
+            "axis.groups.all: plane names no arm",
+        ),
         ("title: ", "titel: ", "no key 'titel'"),
         ("direction: higher", "direction: up", "direction"),
         ("seeds: [0, 1, 2]", "seeds: [0, 0]", "different integers"),

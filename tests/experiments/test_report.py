@@ -419,6 +419,23 @@ def test_colours_are_distinct_and_the_baseline_is_grey(results):
     assert hues["grpo"] == plots.BASELINE and hues["good"] == plots.COLOURS[0] and len(set(hues.values())) == 3
 
 
+def test_arms_along_an_axis_are_one_curve_per_tier(results):
+    study = study_of(results)
+    assert plots._along_axis(study) is None
+    study.plan["axis"] = {
+        "name": "gain",
+        "groups": {"all": {"flipped": -0.1, "grpo": 0.0, "good": 0.2}, "one": {"x": 0}},
+    }
+    (panel,) = plots._along_axis(study).axes
+    lines = [line for line in panel.lines if len(line.get_xdata()) == 3]
+    assert panel.get_xlabel() == "gain" and len(lines) == len(TIERS)
+    for tier, line in zip(TIERS, lines, strict=True):
+        means = [
+            np.mean([r.value(f"eval/score/{tier}") for r in study.arms[arm]]) for arm in ("flipped", "grpo", "good")
+        ]
+        assert list(line.get_xdata()) == [-0.1, 0.0, 0.2] and list(line.get_ydata()) == pytest.approx(means)
+
+
 # ---------------------------------------------------------------- the sample browser
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><!--<script>%SCRIPT% & \u2028 \ud800"

@@ -412,6 +412,13 @@ def test_the_world_is_as_deep_as_it_says():
     assert [r.id for r in task.rows("eval", 1)] == [r.id for r in task.rows("eval", 1)]
 
 
+def test_a_tier_may_be_held_out_of_training_but_not_of_the_demonstrations():
+    task = SearchWorld(train_rows=80, eval_rows=40, targets=1)
+    assert {r.tier for r in task.rows("train", 0)} == {"1", "2", "3"}
+    assert {r.tier for r in task.warm_rows(0)} == {"1", "2", "3", "4"} == {r.tier for r in task.rows("eval", 0)}
+    assert {r.meta["target"] for r in task.rows("eval", 0)} == {"t0"}
+
+
 def test_noise_memory_and_distractors():
     from collections import Counter
 
@@ -430,7 +437,7 @@ def test_noise_memory_and_distractors():
 
 
 def test_bad_settings_of_the_world():
-    for keys in ({"memory": 2.0}, {"hops": {"a": 0}, "mixture": {"a": 1}}, {"mixture": {"1": 1}}):
+    for keys in ({"memory": 2.0}, {"targets": 9}, {"hops": {"a": 0}, "mixture": {"a": 1}}, {"mixture": {"1": 1}}):
         with pytest.raises(ConfigError):
             SearchWorld(**keys)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from methods.autosearch.autosearch import AutoSearch, SearchDepth, matches, not_repeated
+from methods.autosearch.forced_depth import ForcedDepth
+from methods.autosearch.penalty import SearchPenalty
 from methods.autosearch.probes import observed
 from methods.autosearch.rewards import (
     Searched,
+    base_rewards,
     effective,
     gains,
     paper_sum,
     released_code,
     repeats,
     similarity,
+    without_efficiency,
 )
 from methods.base import Segment, Trajectory, Turn
 from methods.errors import ConfigError
@@ -218,3 +223,125 @@ def test_forms():
 def test_unknown_variant():
     with pytest.raises(ConfigError, match="variant"):
         AutoSearch(variant="sum")
+
+
+# ---------------------------------------------------------------- ablations, baselines and the forced depth
+
+
+def test_without_efficiency_nothing_is_overwritten():
+    """Case B: the over-searching but right rollout keeps its outcome; both variants come to base + quality."""
+    s = searched(*CASES["B"][:3])
+    assert without_efficiency(s) == pytest.approx([1.025, 0.025, 0.025, 1.1])
+    assert base_rewards(s) == pytest.approx([0.025, 0.025, 0.025, 1.1])
+
+
+def test_the_ablation_reaches_the_rewards(fake_context):
+    trajs = [episode([1, 7, 1], 3)]
+    totals = {}
+    for keys in ({}, {"efficiency": False}):
+        ctx, _ = context(fake_context, trajs, ["e3", "e4", "e4"])
+        totals[str(keys)] = world(**keys).token_rewards(trajs, ctx).sum().item()
+    # The third search repeats the first one's query, so that its base reward is negative.
+    assert list(totals.values()) == pytest.approx([1.05, 2.125], abs=1e-6)
+
+
+def test_a_search_has_its_price(fake_context):
+    trajs = [episode([1, 7], 3), episode([1], 4), episode([], 3)]
+    ctx = fake_context(trajs)
+    SearchPenalty(0.25).rewards(trajs, ctx)
+    assert ctx.total_reward().tolist() == pytest.approx([0.5, -0.25, 1.0])
+    with pytest.raises(ConfigError, match="penalty"):
+        SearchPenalty(-0.1)
+
+
+@pytest.fixture(scope="module")
+def small_world():
+    from experiments.tasks.search_world import SearchWorld
+
+    return SearchWorld(train_rows=64, eval_rows=24)
+
+
+@pytest.fixture(scope="module")
+def searcher(small_world, tmp_path_factory):
+    import os
+
+    from experiments.models import Tiny, WarmStart
+
+    os.environ.setdefault("ASSAY_CACHE", str(tmp_path_factory.mktemp("cache")))
+    return Tiny(init_std=0.05, warm_start=WarmStart(steps=60, learning_rate=1e-2)).load(small_world, 0)
+
+
+def evaluated(small_world, searcher, methods):
+    from experiments import hooked
+    from experiments.engines.base import Request, encode
+    from experiments.engines.transformers import TransformersEngine
+    from experiments.services import Services
+    from methods.base import Context
+    from methods.objectives.base import Objective
+    from methods.stack import Stack
+
+    engine = TransformersEngine(searcher.model, searcher.tokenizer)
+    limits = SimpleNamespace(max_completion_tokens=small_world.max_completion_tokens)
+    stack = Stack(methods, Objective(), check=False)
+    services = Services(engine, small_world, 0, limits, searcher.tokenizer)
+    ctx = Context("eval", 0, 0, 2, services=services, signal_fn=stack.signal)
+    how = hooked.Sampling(2, 1.0, 1.0, small_world.max_completion_tokens, 3)
+    rows = small_world.rows("eval", 0)[:8]
+    ids = lambda prompt: encode(searcher.tokenizer, Request(prompt=prompt), False)  # noqa: E731
+    return hooked.rollouts(stack, ctx, engine, rows, how, ids)
+
+
+@pytest.mark.parametrize("depth", [0, 2, 4])
+def test_a_forced_depth_is_exact(small_world, searcher, depth):
+    free, _ = evaluated(small_world, searcher, [])
+    forced, columns = evaluated(small_world, searcher, [forced_world(depth), SearchDepth("=", 2)])
+    assert {len(observed(t)) for t in free} != {depth}
+    assert columns["searches"] == [float(depth)] * len(forced) and len(columns["over_search"]) == len(forced)
+    for before, now in zip(free, forced, strict=True):
+        ids, mask = now.segments[0].completion_ids, now.segments[0].model_mask
+        assert now.text.startswith("=") and len(ids) == len(mask)
+        text = searcher.tokenizer.decode(ids, skip_special_tokens=True)
+        turns = [searcher.tokenizer.decode(ids[t.start : t.end], skip_special_tokens=True) for t in now.turns]
+        assert text == "".join(
+            part + (f"<r>{t.result}</r>" if t.result is not None else "")
+            for part, t in zip(turns, now.turns, strict=True)
+        )
+        shared = now.turns[-1].start if len(observed(before)) >= depth else before.turns[-1].start
+        assert ids[:shared] == before.segments[0].completion_ids[:shared]
+        model = [k for t in now.turns for k in range(t.start, t.end)]
+        assert [k for k, own in enumerate(mask) if own] == model
+
+
+def forced_world(depth):
+    return ForcedDepth(depth, "<s>", "</s>", r"<s>(?P<entity>e\d+)</s>", "<r>{}</r>", "=", turn_tokens=3)
+
+
+def test_a_forced_depth_with_a_form_that_cannot_be():
+    for keys in ({"depth": -1}, {"result": "none"}, {"search_form": "("}):
+        with pytest.raises(ConfigError):
+            ForcedDepth(**keys)
+
+
+@dataclass
+class Ignored(AutoSearch):
+    """Asks for every self-answer and drops the rewards."""
+
+    def token_rewards(self, trajs, ctx):
+        super().token_rewards(trajs, ctx)
+        assert self.last["depth"] > 0
+        return ctx.token_rewards_ST
+
+
+def test_probes_leave_no_trace(small_world, searcher, make_trainer):
+    """Training with self-answers that are generated and ignored equals training without them, bit for bit."""
+
+    def exact(texts, rows):
+        return [small_world.score(text, row) for text, row in zip(texts, rows, strict=True)]
+
+    weights = []
+    for methods in ([], [Ignored(forced="=", probe_tokens=2)]):
+        most = small_world.max_completion_tokens
+        trainer = make_trainer(methods, task=small_world, loaded=searcher, reward=exact, max_completion_length=most)
+        trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert torch.equal(*weights)
