@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer driven by an objective and a stack of methods. The only file that touches TRL's private names.
+"""TRL's GRPOTrainer driven by an objective and a stack of methods; only this and `trl_tools` touch TRL's private names.
 
 One generation: `prepare_rows -> rollout -> rewards` (repeated by dynamic sampling) `-> assemble -> token_rewards ->
 base_advantages -> advantages -> select -> fill`, then TRL shuffles and slices. One micro-batch: forward,

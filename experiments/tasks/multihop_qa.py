@@ -163,9 +163,12 @@ class MultihopQA(TableTask):
         if self.suffix is not None:
             return asked
         text = CLOSED if self.corpus is None else INSTRUCTIONS[self.form]
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        filled = f"{text}\n\nQuestion: {question}"
         if isinstance(asked, str):
-            return f"{text}\n\nQuestion: {prompt}"
-        return [*prompt[:-1], {**prompt[-1], "content": f"{text}\n\nQuestion: {prompt[-1]['content']}"}]
+            return filled
+        at = len(asked) - 1 - bool(self.prefill)  # the question's own message
+        return [*asked[:at], {**asked[at], "content": filled}, *asked[at + 1 :]]
 
     # ---------------------------------------------------------------- searching
 

@@ -179,6 +179,16 @@ def test_known_sets(name, tmp_path, corpus, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("question", ["q", [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]])
+def test_a_prefill_begins_the_answer_behind_the_instructions(question, tmp_path, corpus):
+    task = task_of(
+        tmp_path, [{"question": question, "answer": "x"}], corpus, prefill="<think>", prompt_column="question"
+    )
+    *before, asked, begun = task.rows("eval", 0)[0].prompt
+    assert begun == {"role": "assistant", "content": "<think>"} and len(before) == (not isinstance(question, str))
+    assert asked["role"] == "user" and asked["content"] == INSTRUCTIONS["search"] + "\n\nQuestion: q"
+
+
 def test_sets_of_several_forms_in_one_folder(tmp_path, corpus):
     folder = tmp_path / "mixed"
     folder.mkdir()
