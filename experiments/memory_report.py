@@ -29,7 +29,7 @@ def listing(memory: Memory, neighbours: int = 5, shown: int = 3) -> str:
     some = memory.embedding_QD[:MOST_QUESTIONS]
     relevance_BM = memory.activate(some, neighbours).relevance_BM
     first_M = np.bincount([k for row in relevance_BM for k in best(row, 1)], minlength=M) / max(len(some), 1)
-    weight_M = strategy_weights(memory)
+    weight_M = memory.mean_weights()
     lines.append("weight  first  evidence  kind         strategy")
     for k in np.argsort(-weight_M, kind="stable"):
         s = memory.strategies[k]
@@ -44,13 +44,6 @@ def listing(memory: Memory, neighbours: int = 5, shown: int = 3) -> str:
             lines += ["", f"{len(won)} questions were answered by {_short(memory.paths[j])}; they are told"]
             lines += [f"  {mean_M[k]:4.0%}  {memory.strategies[k].text}" for k in best(mean_M, shown)]
     return "\n".join(lines)
-
-
-def strategy_weights(memory: Memory) -> np.ndarray:
-    """(M,) mean weight of the edges to each strategy, 0 for one without edges."""
-    edges, M = memory.to_strategies, len(memory.strategies)
-    count_M = np.bincount(edges.target_E, minlength=M)
-    return np.bincount(edges.target_E, edges.weight_E, M) / np.maximum(count_M, 1)
 
 
 def draw(memory: Memory, path: str | Path) -> Path:

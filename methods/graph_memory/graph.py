@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from methods.errors import DataError
@@ -58,12 +57,6 @@ class Edges:
     def __len__(self) -> int:
         return len(self.source_E)
 
-    def matrix(self, rows: int, columns: int, values_E: Floats | None = None) -> csr_matrix:
-        """(rows, columns) weights, or `values_E`, at the edges."""
-        values_E = self.weight_E if values_E is None else values_E
-        pointer = np.searchsorted(self.source_E, np.arange(rows + 1))
-        return csr_matrix((values_E, self.target_E, pointer), shape=(rows, columns))
-
     def kept(self, keep_E: NDArray[np.bool_]) -> Edges:
         return Edges(self.source_E[keep_E], self.target_E[keep_E], self.weight_E[keep_E], self.count_E2[keep_E])
 
@@ -86,9 +79,18 @@ def joined(parts: Sequence[Edges], mean: bool = False) -> Edges:
 
 @dataclass
 class Activation:
-    """What a batch of new questions wakes: similarities (0 outside the neighbours), first hop, relevance."""
+    """What a batch of new questions wakes.
 
-    similarity_BQ: csr_matrix
+    N neighbours, in order of the new question, then of the stored one; L edges of the neighbours to paths, by their
+    place in `to_paths`, each with its row and the similarity of its neighbour.
+    """
+
+    row_N: Ints
+    question_N: Ints
+    similarity_N: Floats
+    edge_L: Ints
+    row_L: Ints
+    similarity_L: Floats
     hop_BJ: Floats
     relevance_BM: Floats
 
@@ -200,27 +202,41 @@ class Memory:
 
         s is clipped to [0, 1]: a negative similarity would flip the credit. Equal similarities: the older question.
         """
-        Q, J, M = self.sizes
-        similarity_BQ = self.similarities(embedding_BD, neighbours)
-        hop: Any = similarity_BQ @ self.to_paths.matrix(Q, J)
-        hop_BJ = hop.toarray()
-        return Activation(similarity_BQ, hop_BJ, np.asarray(hop_BJ @ self.to_strategies.matrix(J, M)))
+        B, J = len(embedding_BD), len(self.paths)
+        row_N, question_N, similarity_N = self.neighbours(embedding_BD, neighbours)
+        qt = self.to_paths
+        first_N, last_N = (np.searchsorted(qt.source_E, question_N, side) for side in ("left", "right"))
+        size_N = last_N - first_N
+        # All edges of all neighbours in one list: the start of each neighbour's edges, counted on from there.
+        edge_L = np.repeat(first_N - (np.cumsum(size_N) - size_N), size_N) + np.arange(size_N.sum())
+        row_L, similarity_L = np.repeat(row_N, size_N), np.repeat(similarity_N, size_N)
+        carried_L = similarity_L * qt.weight_E[edge_L]
+        hop_BJ = np.bincount(row_L * J + qt.target_E[edge_L], carried_L, B * J).reshape(B, J).astype(float)
+        relevance_BM = hop_BJ @ self.strategy_weights()
+        return Activation(row_N, question_N, similarity_N, edge_L, row_L, similarity_L, hop_BJ, relevance_BM)
 
-    def similarities(self, embedding_BD: Floats, neighbours: int) -> csr_matrix:
-        """(B, Q) cosine similarities to the `neighbours` nearest stored questions, 0 elsewhere."""
-        Q = len(self.questions)
+    def neighbours(self, embedding_BD: Floats, count: int) -> tuple[Ints, Ints, Floats]:
+        """(N,) rows, stored questions and cosines in (0, 1] of the `count` nearest stored questions of each row."""
         self.refuse_other_width(embedding_BD)
-        values, columns, counts = [np.zeros(0)], [np.zeros(0, np.int64)], []
-        for start in range(0, len(embedding_BD), ROWS):
+        found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+        for start in range(0, len(embedding_BD) if self.questions else 0, ROWS):
             part_BD = unit(embedding_BD[start : start + ROWS])
-            similarity_BQ = part_BD @ self.embedding_QD.T if Q else np.zeros((len(part_BD), 0))
-            for similarity_Q in np.clip(similarity_BQ, 0, 1):
-                nearest = nearest_of(similarity_Q, neighbours)
-                values.append(similarity_Q[nearest])
-                columns.append(nearest)
-                counts.append(len(nearest))
-        pointer = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        return csr_matrix((np.concatenate(values), np.concatenate(columns), pointer), shape=(len(embedding_BD), Q))
+            similarity_BQ = part_BD @ self.embedding_QD.T
+            row, column = nearest_of(similarity_BQ, count)
+            found.append((row + start, column, np.minimum(similarity_BQ[row, column], 1.0)))
+        row_N, question_N, similarity_N = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return row_N, question_N, similarity_N
+
+    def strategy_weights(self) -> Floats:
+        """(J, M) weights from paths to strategies, 0 where there is no edge."""
+        tm, weight_JM = self.to_strategies, np.zeros((len(self.paths), len(self.strategies)))
+        weight_JM[tm.source_E, tm.target_E] = tm.weight_E
+        return weight_JM
+
+    def mean_weights(self) -> Floats:
+        """(M,) mean weight of the edges that lead to each strategy; 0 for one without edges."""
+        tm, M = self.to_strategies, len(self.strategies)
+        return np.bincount(tm.target_E, tm.weight_E, M) / np.maximum(np.bincount(tm.target_E, minlength=M), 1)
 
     def refuse_other_width(self, embedding_BD: Floats) -> None:
         mine, theirs = self.embedding_QD.shape[1], embedding_BD.shape[1]
@@ -228,24 +244,16 @@ class Memory:
             raise _bad("its embeddings were made by another encoder", f"{theirs} numbers each", f"{mine}")
 
     # ---- learning ----
-    def gradients(self, activation: Activation, slope_BM: Floats) -> tuple[Floats, Floats]:
+    def gradients(self, woken: Activation, slope_BM: Floats) -> tuple[Floats, Floats]:
         """Of the loss, from `slope_BM` = dL/drho, on the weights of both kinds of edges, summed over questions.
 
         dL/dw_tm(j,l) = h_j dL/drho_l with h = (A_qt * W_qt)^T s,  dL/dw_qt(i,j) = s_i sum_l w_tm(j,l) dL/drho_l.
         """
-        _, J, M = self.sizes
-        tm, qt = self.to_strategies, self.to_paths
-        to_strategies_E = np.einsum("be,be->e", activation.hop_BJ[:, tm.source_E], slope_BM[:, tm.target_E])
-        back_BJ = np.asarray(slope_BM @ tm.matrix(J, M).T)
-        to_paths_E = np.zeros(len(qt))
-        near = activation.similarity_BQ.tocoo()
-        first, last = (np.searchsorted(qt.source_E, near.col, side) for side in ("left", "right"))
-        size = last - first
-        # All edges of all neighbours in one list: the start of each neighbour's edges, counted on from there.
-        edge = np.repeat(first - (np.cumsum(size) - size), size) + np.arange(size.sum())
-        row, similarity = np.repeat(near.row, size), np.repeat(near.data, size)
-        np.add.at(to_paths_E, edge, similarity * back_BJ[row, qt.target_E[edge]])
-        return to_paths_E, to_strategies_E
+        qt, tm = self.to_paths, self.to_strategies
+        to_strategies_E = (woken.hop_BJ.T @ slope_BM)[tm.source_E, tm.target_E]
+        back_BJ = slope_BM @ self.strategy_weights().T
+        slope_L = woken.similarity_L * back_BJ[woken.row_L, qt.target_E[woken.edge_L]]
+        return np.bincount(woken.edge_L, slope_L, len(qt)).astype(float), to_strategies_E
 
     def step(self, gradients: tuple[Floats, Floats], learning_rate: float) -> None:
         """w <- clip(w - eta dL/dw)."""

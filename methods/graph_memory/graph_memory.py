@@ -123,7 +123,8 @@ class GraphMemory(Method):
     def _own_questions(self, count: int, ctx: Context) -> list[Any]:
         """This generation's questions: those of the first stage once, then those of the second, over and over."""
         earlier, first = set(self.earlier), self.memory_questions
-        order = [row for row in _order(ctx) if row.id not in earlier][: first + self.weight_questions]
+        wanted = first + self.weight_questions
+        order = [row for row in _order(ctx, wanted + len(earlier)) if row.id not in earlier][:wanted]
         if len(order) < first + count:
             raise _too_few(len(order), first + count)
         rounds = -(-first // count)
@@ -193,10 +194,8 @@ class GraphMemory(Method):
         questions, paths, strategies = self.store.sizes
         self.last = {name: x for name, x in self.last.items() if not name.startswith("weight/")}
         self.last |= {"questions": questions, "paths": paths, "strategies": strategies}
-        edges = self.store.to_strategies
-        for k, one in enumerate(self.store.strategies):
-            weights = edges.weight_E[edges.target_E == k]
-            self.last[f"weight/{one.text}"] = float(weights.mean()) if len(weights) else 0.0
+        weight_M = self.store.mean_weights()
+        self.last |= {f"weight/{s.text}": float(w) for s, w in zip(self.store.strategies, weight_M, strict=True)}
 
     def metrics(self) -> dict[str, float]:
         return dict(self.last)
@@ -217,9 +216,9 @@ def _embedded(rows: Sequence[Any], ctx: Context) -> np.ndarray:
     return ctx.embed([question_of(row) for row in rows]).numpy()
 
 
-def _order(ctx: Context) -> list[Any]:
-    """All training rows in a fixed order."""
-    return ctx.train_rows(2**62, "graph_memory")
+def _order(ctx: Context, most: int = 2**62) -> list[Any]:
+    """The first training rows in a fixed order."""
+    return ctx.train_rows(most, "graph_memory")
 
 
 def _too_few(got: int, need: int) -> ConfigError:

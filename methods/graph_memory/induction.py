@@ -129,7 +129,7 @@ def _similar_success(memory: Memory, embedding_D: Floats, neighbours: int) -> Pa
     edges = memory.to_paths
     won_E = edges.count_E2[:, 0] > 0
     known = np.unique(edges.source_E[won_E])
-    similarity = memory.embedding_QD[known] @ unit(embedding_D[None])[0]
-    near_E = won_E & np.isin(edges.source_E, known[nearest_of(similarity, neighbours)])
+    similarity = unit(embedding_D[None]) @ memory.embedding_QD[known].T
+    near_E = won_E & np.isin(edges.source_E, known[nearest_of(similarity, neighbours)[1]])
     counts = np.bincount(edges.target_E[near_E], edges.count_E2[near_E, 0])
     return memory.paths[int(counts.argmax())] if len(counts) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
@@ -36,16 +37,19 @@ def best(relevance_M: Floats, count: int) -> Ints:
     return order[relevance_M[order] > 0]
 
 
-def nearest_of(similarity_Q: Floats, count: int) -> Ints:
-    """The `count` largest positive entries in the order of their numbers; of equal ones the first."""
-    if len(similarity_Q) > count:
-        least = np.partition(similarity_Q, len(similarity_Q) - count)[len(similarity_Q) - count]
-        above = np.flatnonzero(similarity_Q > least)
-        ties = np.flatnonzero(similarity_Q == least)[: count - len(above)]
-        chosen = np.sort(np.concatenate([above, ties]))
-    else:
-        chosen = np.arange(len(similarity_Q))
-    return chosen[similarity_Q[chosen] > 0]
+def nearest_of(similarity_BQ: Floats, count: int) -> tuple[Ints, Ints]:
+    """Rows and columns, in this order, of the `count` largest positive entries of each row; of equal ones the first."""
+    B, Q = similarity_BQ.shape
+    if not B or not Q:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    top = torch.from_numpy(similarity_BQ).topk(min(count, Q), dim=1).values.numpy()
+    row, column = np.nonzero(similarity_BQ >= np.maximum(top[:, -1:], np.nextafter(0, 1, dtype=similarity_BQ.dtype)))
+    order = np.lexsort((column, -similarity_BQ[row, column], row))
+    row, column = row[order], column[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    row, column = row[rank < count], column[rank < count]
+    order = np.lexsort((column, row))
+    return row[order], column[order]
 
 
 def unit(vectors: Floats) -> Floats:

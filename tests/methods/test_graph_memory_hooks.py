@@ -30,6 +30,12 @@ def embed(texts):
     return Services(None, None, 0, SimpleNamespace()).embed(texts).numpy()
 
 
+def dense(edges, shape):
+    weights = np.zeros(shape)
+    weights[edges.source_E, edges.target_E] = edges.weight_E
+    return weights
+
+
 @pytest.fixture
 def memory():
     """Three stored questions on two paths, three strategies of different weight."""
@@ -99,7 +105,7 @@ def reference_step(memory, question, reward, k, method, sign=1.0):
     s = np.clip(embed([question])[0] @ memory.embedding_QD.T, 0, 1)
     s[np.argsort(-s, kind="stable")[method.neighbours :]] = 0
     W = [
-        torch.tensor(e.matrix(*shape).toarray(), dtype=torch.float64, requires_grad=True)
+        torch.tensor(dense(e, shape), dtype=torch.float64, requires_grad=True)
         for e, shape in ((memory.to_paths, (Q, J)), (memory.to_strategies, (J, M)))
     ]
     rho = torch.tensor(s, dtype=torch.float64) @ W[0] @ W[1]
@@ -127,9 +133,9 @@ def test_updates_of_real_steps_against_autograd(make_trainer, memory, sign):
                 total = [t + x for t, x in zip(total, slopes, strict=True)]
         for name, shape, slope in (("to_paths", (3, 2), total[0]), ("to_strategies", (2, 3), total[1])):
             was, now = (getattr(m, name) for m in (old, new))
-            at = was.matrix(*shape).toarray() > 0
-            wanted = np.clip(was.matrix(*shape).toarray() - method.learning_rate * slope, 0.01, 5)[at]
-            assert now.matrix(*shape).toarray()[at] == pytest.approx(wanted, abs=1e-6)
+            at = dense(was, shape) > 0
+            wanted = np.clip(dense(was, shape) - method.learning_rate * slope, 0.01, 5)[at]
+            assert dense(now, shape)[at] == pytest.approx(wanted, abs=1e-6)
             moved += abs(now.weight_E - was.weight_E).sum()
     assert moved > 0
 

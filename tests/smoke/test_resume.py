@@ -35,9 +35,19 @@ STACKS = {
     "ha_dw": "method=[ha_dw]",
     "ppo": "objective=ppo",
     "srft": "method=[srft]",
+<<<<<<< HEAD
     "ziprl": "method=[ziprl_archive,shuffle] method.shuffle.target=ziprl.qualities task=archive_walk",
+=======
+    "graph_memory": "method=[graph_memory] objective=graph_weights method.graph_memory.memory_questions=8 "
+    f"method.graph_memory.weight_questions=16 method.graph_memory.planted=[a,b] reward={__file__}:odd_length",
+>>>>>>> graph
     "vsrm": "method=[vsrm_chain,overthinking_chain] objective=reinforce_pp task=chain",
 }
+
+
+def odd_length(texts, rows):
+    """A reward that an untrained model gets now and then, so that gaps differ from zero."""
+    return [float(len(text) % 2) for text in texts]
 
 
 def command(folder, stack):
