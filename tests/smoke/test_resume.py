@@ -35,12 +35,9 @@ STACKS = {
     "ha_dw": "method=[ha_dw]",
     "ppo": "objective=ppo",
     "srft": "method=[srft]",
-<<<<<<< HEAD
     "ziprl": "method=[ziprl_archive,shuffle] method.shuffle.target=ziprl.qualities task=archive_walk",
-=======
     "graph_memory": "method=[graph_memory] objective=graph_weights method.graph_memory.memory_questions=8 "
     f"method.graph_memory.weight_questions=16 method.graph_memory.planted=[a,b] reward={__file__}:odd_length",
->>>>>>> graph
     "vsrm": "method=[vsrm_chain,overthinking_chain] objective=reinforce_pp task=chain",
 }
 
