@@ -95,6 +95,11 @@ question, then choose the level by that:
 {levels}
 2. then exactly one action: {actions}, or <tool>finish(answer in a few words)</tool> when you know the answer.
 
+For example, on the way to the birthday of the author of Emma:
+<zip doc="d1" level="{near}">Emma is a novel by Jane Austen, published in 1815.</zip>
+<zip doc="d2" level="{far}">A film company; it does not help.</zip>
+<tool>{first}(Jane Austen date of birth)</tool>
+
 Question: {question}
 
 Memory:
@@ -121,6 +126,9 @@ class TextForm:
     ) -> tuple[str, str]:
         text = ASK.format(
             levels="\n".join(self._level(k) for k in (range(1, self.scale.top + 1) if level is None else [level])),
+            near=level or self.scale.top,
+            far=level or 1,
+            first=next(iter(self.tools), "finish"),
             actions=" or ".join(f"<tool>{name}(...)</tool>" for name in self.tools),
             question=self.question,
             memory="\n".join(map(self._entry, memory)) or "(nothing yet)",
