@@ -28,14 +28,15 @@ def observed(traj: Trajectory) -> list[int]:
     return [k for k, turn in enumerate(traj.turns) if turn.result is not None]
 
 
-def _request(traj: Trajectory, turn: int, forced: str, ctx: Context, budget: int, temperature: float) -> dict[str, Any]:
+def _request(
+    traj: Trajectory, turn: int, opening: list[int], ctx: Context, budget: int, temperature: float
+) -> dict[str, Any]:
     """The probe after the observation of `turn`: the history up to and including it."""
     segment = traj.segments[traj.turns[turn].segment]
     following = traj.turns[turn + 1].start if turn + 1 < len(traj.turns) else len(segment.completion_ids)
     history = segment.completion_ids[:following]
     how = {"max_tokens": budget, "temperature": temperature}
-    if forced:
-        opening = ctx.tokenizer(forced, add_special_tokens=False)["input_ids"]
+    if opening:
         return {"prompt_ids": [*segment.prompt_ids, *history, *opening], **how}
     text = ctx.tokenizer.decode(history, skip_special_tokens=True)
     question = (getattr(traj.row, "meta", None) or {}).get("question", traj.row.prompt)
@@ -51,7 +52,8 @@ def self_answers(
     and the history. A probe that fails counts as an empty answer.
     """
     places = [(i, k) for i, traj in enumerate(trajs) for k in observed(traj)]
-    requests = [_request(trajs[i], k, forced, ctx, budget, temperature) for i, k in places]
+    opening = ctx.tokenizer(forced, add_special_tokens=False)["input_ids"] if forced else []
+    requests = [_request(trajs[i], k, opening, ctx, budget, temperature) for i, k in places]
     results = ctx.generate(requests, stream="autosearch") if requests else []
     texts = ["" if r[0].finish == "error" else forced + r[0].text for r in results]
     rows = [trajs[i].row for i, _ in places]
