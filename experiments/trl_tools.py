@@ -85,11 +85,11 @@ def _methods(environment: Any) -> list[Any]:
 
 def _turns(mask: list[int], messages: list[dict]) -> list[Turn]:
     """The runs of the model's tokens, each with the calls that it made and what came back."""
-    spans, start = [], 0
+    spans, at = [], 0
     for own, run in groupby(mask):
         length = len(list(run))
-        spans += [(start, start + length)] * own
-        start += length
+        spans += [(at, at + length)] * own
+        at += length
     turns: list[Turn] = []
     for message in messages:
         if message["role"] == "tool" and turns:
@@ -98,5 +98,6 @@ def _turns(mask: list[int], messages: list[dict]) -> list[Turn]:
         elif message["role"] == "assistant" and len(turns) < len(spans):
             asked = [call["function"] for call in message.get("tool_calls") or []]
             calls = [{"tool": call["name"], "args": call["arguments"]} for call in asked]
-            turns.append(Turn(0, *spans[len(turns)], "call" if calls else "answer", calls))
+            start, end = spans[len(turns)]
+            turns.append(Turn(0, start, end, "call" if calls else "answer", calls))
     return turns
