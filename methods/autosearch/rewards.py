@@ -119,15 +119,20 @@ def repeats(queries: Sequence[str]) -> list[bool]:
     The vectoriser is fitted on those few queries: raw counts of words of two or more characters, idf = ln((1 + N) /
     (1 + df)) + 1, L2 norm. With something before it, an empty query or an empty vocabulary counts as a repeat.
     """
-    return [k > 0 and _most_similar(queries[: k + 1]) > SIMILAR for k in range(len(queries))]
+    bags = [bag(q) for q in queries]
+    return [k > 0 and _most_similar(bags[: k + 1]) > SIMILAR for k in range(len(bags))]
 
 
-def similarity(queries: Sequence[str]) -> list[float]:
+def bag(query: str) -> Counter[str]:
+    """Counts of the words that the vectoriser sees."""
+    return Counter(w for w in words(query) if len(w) >= 2)
+
+
+def similarity(bags: Sequence[Counter[str]]) -> list[float]:
     """Cosine of the last query with each earlier one, in the TF-IDF fitted on all of them."""
-    counts = [Counter(w for w in words(q) if len(w) >= 2) for q in queries]
-    N = len(counts)
-    idf = {w: math.log((1 + N) / (1 + sum(w in c for c in counts))) + 1 for c in counts for w in c}
-    vectors = [{w: n * idf[w] for w, n in c.items()} for c in counts]
+    N = len(bags)
+    idf = {w: math.log((1 + N) / (1 + sum(w in b for b in bags))) + 1 for b in bags for w in b}
+    vectors = [{w: n * idf[w] for w, n in b.items()} for b in bags]
     norms = [math.sqrt(sum(x * x for x in v.values())) for v in vectors]
     last = vectors[-1]
     return [
@@ -136,7 +141,10 @@ def similarity(queries: Sequence[str]) -> list[float]:
     ]
 
 
-def _most_similar(queries: Sequence[str]) -> float:
-    if not [w for w in words(queries[-1]) if len(w) >= 2]:
+def _most_similar(bags: Sequence[Counter[str]]) -> float:
+    *earlier, last = bags
+    if not last:
         return math.inf
-    return max(similarity(queries))
+    if all(last.keys().isdisjoint(b) for b in earlier):  # the usual case, and most of the time
+        return 0.0
+    return max(similarity(bags))
