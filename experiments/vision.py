@@ -27,7 +27,8 @@ def images_of(prompt: str | Sequence[dict]) -> list[Any]:
 
 def batch_inputs(trainer: Any, batch: Batch, ids_BL: Tensor) -> dict[str, Any]:
     """What TRL's forward takes beside the ids of a batch whose prompts hold images."""
-    images = [images_of(batch.trajs[i].row.prompt) for i in batch.traj_S.tolist()]
+    # The rows of a buffer of earlier rollouts have ids alone: what keeps such a buffer is refused beside images.
+    images = [images_of(getattr(batch.trajs[i].row, "prompt", "")) for i in batch.traj_S.tolist()]
     made = model_inputs(trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model), ids_BL, images)
     return made | {"num_images": [len(row) for row in images]} if made else {}
 

@@ -276,7 +276,7 @@ class HalfOf(Method):
 
 
 def test_dropping_rollouts_with_images_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="prompts with images"):
+    with pytest.raises(ConfigError, match="take no images"):
         trainer_of(llava, tmp_path, [HalfOf()]).train()
 
 
