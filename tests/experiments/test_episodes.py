@@ -56,6 +56,7 @@ def train(conf, tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 def test_the_masked_out_tokens_of_every_trajectory_of_a_run_are_the_tools_text(train):
     from experiments.tokenizers import tiny_tokenizer
 
@@ -94,6 +95,7 @@ class Hostile(World):
         return ("e1t1", "", "e1t1", "e1" * 500_000, 7)[kind]  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 def test_a_run_with_tools_that_raise_hang_and_flood_goes_on(train):
     form = SearchWorld.tools
     began = time.monotonic()
@@ -115,6 +117,7 @@ def test_a_run_with_tools_that_raise_hang_and_flood_goes_on(train):
     assert longest <= SearchWorld().max_completion_tokens
 
 
+@pytest.mark.slow
 def test_a_context_that_is_too_short_ends_episodes_and_not_the_run(train):
     record, seen = train("model.max_length=14", "trainer.max_steps=2", "model.warm_start.seed=1")
     assert record["status"] == "finished"
