@@ -205,7 +205,8 @@ def hydra_for(dirs: Sequence[Path]) -> Iterator[Hydra]:
     try:
         yield Hydra.create_main_hydra2("assay", path)
     finally:
-        state.hydra = before
+        # Asked for again: a joblib launcher in this process replaces all of Hydra's singletons by copies.
+        GlobalHydra.instance().hydra = before
 
 
 @functools.lru_cache(maxsize=256)

@@ -176,10 +176,14 @@ def test_several_runs_go_side_by_side(conf, runner, tmp_path):
 
 
 def test_hydra_s_joblib_launcher(conf, runner, tmp_path):
+    from hydra.core.global_hydra import GlobalHydra
+
+    before = GlobalHydra.instance().hydra
     line = ["seed=0,1", f"results_dir={tmp_path}/r", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]
     path = launch.launch(plan("train", line, multirun=True), target=runner)
     assert path == tmp_path / "r/raw/arithmetic-tiny"
     assert sorted(p.parent.name for p in path.rglob("process")) == ["seed0", "seed1"]
+    assert GlobalHydra.instance().hydra is before  # the launcher, in this process, replaced the singleton itself
     line[0] = "seed=12,13"
     with pytest.raises(RunError, match=r"1 of 2 runs failed.*seed13: unlucky"):
         launch.launch(plan("train", line, multirun=True), target=runner)

@@ -25,7 +25,6 @@ from methods.errors import ConfigError
 def train(conf, tmp_path_factory):
     """train(words...) -> (finished record, [(trajectories, dict that the loss sees)] of every generation)."""
     from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
 
     words = ["task=search_world", "task.train_rows=600", "task.eval_rows=16", "model.warm_start.steps=80"]
     words += [
@@ -45,7 +44,6 @@ def train(conf, tmp_path_factory):
             seen.append((generated.trajs, out))
             return out
 
-        GlobalHydra.instance().clear()  # another file's tests may have left it
         with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(conf), version_base=None):
             patch.setattr(AssayTrainer, "_to_inputs", to_inputs)
             for name, value in patches.items():
