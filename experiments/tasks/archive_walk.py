@@ -12,7 +12,7 @@ from experiments.seeds import derive
 from experiments.tasks.base import Row, Task, shuffled
 from methods.errors import ConfigError
 from methods.ziprl.forms import Document, Entry, Written, Zip
-from methods.ziprl.quality import Scale, agreement
+from methods.ziprl.quality import NOTHING, Scale, agreement
 
 ENTITIES = tuple(f"e{i}" for i in range(40))
 RELATIONS = tuple(f"k{i}" for i in range(4))
@@ -234,6 +234,7 @@ class PairForm:
         ratio = as for texts, on the number of pairs;  level = 1 - |l - l*| / 4, l* = 1 + min(4, a)
         info  = share of the page's asked pairs that were kept (1 - k/12 if a = 0)
         sem   = share of the written pairs that are pairs of the page (1 if none was written)
+    An empty page gives 0 for everything, as it does for texts.
     """
 
     row: Row
@@ -243,7 +244,8 @@ class PairForm:
         self, memory: Sequence[Entry], documents: Sequence[Document], level: int | None, last: bool
     ) -> tuple[str, str]:
         meta = self.row.meta
-        known = "".join(self._zip(z, entry) for entry in memory for z in entry.zips)
+        # What was compressed to nothing leaves nothing in the prompt, so that irrelevant pages cost nothing later.
+        known = "".join(self._zip(z, entry) for entry in memory for z in entry.zips if z.text)
         shown = "".join(f"d{d.id}{d.text}" for d in documents)
         prompt = f"q{meta['walk'][0]}{meta['relation']}:{''.join(meta['asked'])}{known}{shown}="
         if last:
@@ -270,6 +272,8 @@ class PairForm:
 
     def quality(self, document: Document, zipped: Zip) -> dict[str, float]:
         page, kept = pairs(document.text), pairs(zipped.text)
+        if not page:
+            return NOTHING | {"relevance": 0.0}
         asked = {p for p in page if key(p) in self.row.meta["asked"]}
         info = len(asked & set(kept)) / len(asked) if asked else max(0.0, 1 - len(kept) / len(page))
         sem = sum(p in page for p in kept) / len(kept) if kept else 1.0
