@@ -55,8 +55,9 @@ class Loop:
     """Runs episodes side by side, one generation per turn for all that are not over.
 
     compression: `adaptive` (the model chooses levels), `uniform` (every zip at `level`), `random` (a level drawn for
-    each turn), `none` (zips are ignored, raw documents stay in memory until the oldest no longer fit). A prompt has at most `max_prompt_tokens`: the oldest zips
-    are cut down level by level, then the oldest entries are dropped, then documents halved; each is counted.
+    each turn), `none` (zips are ignored, raw documents stay in memory until the oldest no longer fit). A prompt has at
+    most `max_prompt_tokens`: the oldest zips are cut down level by level, then the oldest entries are dropped, then
+    documents halved; each is counted.
     """
 
     max_turns: int
