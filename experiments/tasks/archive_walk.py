@@ -42,8 +42,7 @@ class ArchiveWalk(Task):
 
     A page has twelve pairs of key and value and can be opened once. A turn writes what it keeps of the page it sees, at
     one of five levels, and an action: `ze5l2k4v7,oe17` keeps one pair and opens e17, `ze3l1fk4v7k9v1` answers with the
-    asked pairs in the order in which they were met. The archive of each question is made anew. Needs a method that runs
-    its episodes (`method=[ziprl_archive]`).
+    asked pairs in the order in which they were met. The archive of each question is made anew.
 
     pages: of the walk, per tier, with the weights of the tiers in `train` as `mixture`; from 41 pages on entities come
     again with a new page. keys: asked at most (1 to 4). relevant: chance that a page has some of them. max_facts: asked
@@ -53,6 +52,8 @@ class ArchiveWalk(Task):
     Differs from the sheet: one relation is followed all the way and the keys are asked on all pages, so that the
     question stays short however long the walk is; the answer names the keys beside the values.
     """
+
+    episodes_by = "ziprl_archive"
 
     name: str = "archive_walk"
     symbols: tuple[str, ...] | None = SYMBOLS

@@ -73,7 +73,7 @@ class ZipRl(Method):
                 got=self.compression,
                 expected=", ".join(COMPRESSIONS),
             )
-        self.scale = Scale(tuple((float(a), float(b)) for a, b in self.intervals), tuple(map(float, self.weights)))
+        self.scale = Scale.read(self.intervals, self.weights)
 
     def rollout(self, rows: list[Any], ctx: Context, default) -> list[Trajectory]:
         envs = [ctx.env(row) for row in rows]

@@ -118,6 +118,16 @@ def test_settings_that_cannot_be_met_are_refused(bad):
         ArchiveWalk(**bad)
 
 
+@pytest.mark.parametrize("method", ["[]", "[ha_dw]"])
+def test_a_stack_that_runs_no_episodes_is_refused(method):
+    from experiments.bench import configuration
+    from experiments.run import check
+
+    with pytest.raises(ConfigError, match=r"add method=\[ziprl_archive\]"):
+        check(configuration("task=archive_walk", f"method={method}"))
+    check(configuration("task=archive_walk", "method=[ziprl_archive]"))
+
+
 # ---- quality ----
 PAGE = [f"k{k}v{k}" for k in range(4, 15)] + ["k0e1"]
 

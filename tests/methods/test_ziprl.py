@@ -310,7 +310,9 @@ def test_shuffled_qualities_stay_in_their_trajectory_and_missing_ones_missing():
 
 
 @pytest.mark.parametrize("bad", [{"w": -0.1}, {"w": NAN}, {"w": math.inf}, {"max_turns": 0}, {"level": 6},
-                                 {"compression": "zip"}, {"weights": (1, 0, 0)}, {"max_prompt_tokens": 0}])  # fmt: skip
+                                 {"compression": "zip"}, {"weights": (1, 0, 0)}, {"max_prompt_tokens": 0},
+                                 {"weights": 3}, {"weights": ("a",) * 4}, {"intervals": ((0, 0.1), 3)},
+                                 {"intervals": ((0, 0.1), (0.1, NAN), *((0.3, 0.4),) * 3)}])  # fmt: skip
 def test_settings_that_cannot_be_right_are_refused(bad):
     with pytest.raises(ConfigError):
         ZipRl(**bad)
