@@ -157,11 +157,20 @@ def _first_rows(batch: Batch, count: int) -> Batch:
 
 
 def row_slice(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    """Rows start:stop of TRL's dict; an empty part keeps one fully masked row, so that every rank has a backward."""
-    rows = inputs["completion_ids"].size(0)
-    empty = start >= rows
-    window = slice(0, 1) if empty else slice(start, stop)
-    part = {k: v[window] if v.dim() else v for k, v in inputs.items()}
+    """Rows start:stop of TRL's dict, the longest first, without the columns that are padding in all of them.
+
+    Rows of a rewritten context differ much in length, and padding costs as much as text. An empty part keeps one fully
+    masked row, so that every rank has a backward.
+    """
+    prompt_S, written_S = inputs["prompt_mask"].sum(1), inputs["completion_mask"].sum(1)
+    order = torch.argsort(prompt_S + written_S, descending=True, stable=True)
+    empty = start >= len(order)
+    chosen = order[:1] if empty else order[start:stop]
+    width_P, width_T = (max(int(x_S[chosen].max()), 1) for x_S in (prompt_S, written_S))
+    part = {}
+    for name, x in inputs.items():
+        x = x[chosen] if x.dim() else x
+        part[name] = x if x.dim() < 2 else x[:, -width_P:] if name.startswith("prompt_") else x[:, :width_T]
     if empty:
         part["tool_mask"] = torch.zeros_like(part["tool_mask"])
         part["row_weight"] = torch.zeros_like(part["row_weight"])

@@ -66,6 +66,10 @@ def check(cfg: DictConfig) -> None:
             got=cfg.eval.samples,
             fix="set eval.temperature=1, or eval.samples=1",
         )
+    if not cfg.method and not cfg.suite and not cfg.get("study"):
+        from experiments.run import check_episodes
+
+        check_episodes(cfg)
     make = engine_factory(cfg)
     if make.func.needs == "nothing":
         make()

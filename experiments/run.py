@@ -102,8 +102,24 @@ def check(cfg: DictConfig) -> None:
             fix=nearest(str(cfg.trainer.lr_schedule), SCHEDULES),
         )
     stack = build_stack(cfg)
+    if stack.owner("rollout") is None:
+        check_episodes(cfg)
     if batches.group_size == 2 and any(m.name == "ha_dw" for m in stack.methods):
         print("note: with two rollouts per prompt HA-DW cannot tell difficulty apart; use 4 or more", file=sys.stderr)
+
+
+def check_episodes(cfg: DictConfig) -> None:
+    """For a run in which no method runs episodes: ConfigError if the task's cannot run without one."""
+    from hydra.utils import get_class
+
+    wanted = getattr(get_class(cfg.task._target_), "episodes_by", "")
+    if wanted:
+        raise ConfigError(
+            f"a method runs the episodes of {cfg.task.name}, and this stack has none that does",
+            where="method",
+            got=", ".join(cfg.method) or "an empty stack",
+            fix=f"add method=[{wanted}]",
+        )
 
 
 # ---------------------------------------------------------------- the run

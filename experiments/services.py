@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from experiments.seeds import derive
+from experiments.tools import ToolRunner
 from methods.base import Trajectory, assemble
 from methods.errors import ConfigError
 
@@ -33,6 +34,7 @@ class Services:
         self.seconds: dict[str, float] = defaultdict(float)
         self._orders: dict[tuple[int, str], np.ndarray] = {}
         self._depth = 0
+        self._runner: ToolRunner | None = None
         self._calls: Counter[str] = Counter()
         self._calls_step = -1
 
@@ -137,6 +139,14 @@ class Services:
 
     def env(self, row: Any) -> Any:
         return self.task.environment(row)
+
+    def call(self, jobs: Sequence[tuple[Any, Any]]) -> list[str]:
+        """Tool calls with the time-out of the task's own tool loop, where it has one."""
+        if self._runner is None:
+            tools = self.task.tools
+            self._runner = ToolRunner(tools.timeout if tools else None)
+        with self.counted("tools"):
+            return self._runner(jobs)
 
     def gather(self, x: Tensor) -> Tensor:
         return x

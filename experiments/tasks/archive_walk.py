@@ -12,7 +12,7 @@ from experiments.seeds import derive
 from experiments.tasks.base import Row, Task, shuffled
 from methods.errors import ConfigError
 from methods.ziprl.forms import Document, Entry, Written, Zip
-from methods.ziprl.quality import Scale, agreement
+from methods.ziprl.quality import NOTHING, Scale, agreement
 
 ENTITIES = tuple(f"e{i}" for i in range(40))
 RELATIONS = tuple(f"k{i}" for i in range(4))
@@ -42,8 +42,7 @@ class ArchiveWalk(Task):
 
     A page has twelve pairs of key and value and can be opened once. A turn writes what it keeps of the page it sees, at
     one of five levels, and an action: `ze5l2k4v7,oe17` keeps one pair and opens e17, `ze3l1fk4v7k9v1` answers with the
-    asked pairs in the order in which they were met. The archive of each question is made anew. Needs a method that runs
-    its episodes (`method=[ziprl_archive]`).
+    asked pairs in the order in which they were met. The archive of each question is made anew.
 
     pages: of the walk, per tier, with the weights of the tiers in `train` as `mixture`; from 41 pages on entities come
     again with a new page. keys: asked at most (1 to 4). relevant: chance that a page has some of them. max_facts: asked
@@ -53,6 +52,8 @@ class ArchiveWalk(Task):
     Differs from the sheet: one relation is followed all the way and the keys are asked on all pages, so that the
     question stays short however long the walk is; the answer names the keys beside the values.
     """
+
+    episodes_by = "ziprl_archive"
 
     name: str = "archive_walk"
     symbols: tuple[str, ...] | None = SYMBOLS
@@ -234,6 +235,7 @@ class PairForm:
         ratio = as for texts, on the number of pairs;  level = 1 - |l - l*| / 4, l* = 1 + min(4, a)
         info  = share of the page's asked pairs that were kept (1 - k/12 if a = 0)
         sem   = share of the written pairs that are pairs of the page (1 if none was written)
+    An empty page gives 0 for everything, as it does for texts.
     """
 
     row: Row
@@ -243,7 +245,8 @@ class PairForm:
         self, memory: Sequence[Entry], documents: Sequence[Document], level: int | None, last: bool
     ) -> tuple[str, str]:
         meta = self.row.meta
-        known = "".join(self._zip(z, entry) for entry in memory for z in entry.zips)
+        # What was compressed to nothing leaves nothing in the prompt, so that irrelevant pages cost nothing later.
+        known = "".join(self._zip(z, entry) for entry in memory for z in entry.zips if z.text)
         shown = "".join(f"d{d.id}{d.text}" for d in documents)
         prompt = f"q{meta['walk'][0]}{meta['relation']}:{''.join(meta['asked'])}{known}{shown}="
         if last:
@@ -270,6 +273,8 @@ class PairForm:
 
     def quality(self, document: Document, zipped: Zip) -> dict[str, float]:
         page, kept = pairs(document.text), pairs(zipped.text)
+        if not page:
+            return NOTHING | {"relevance": 0.0}
         asked = {p for p in page if key(p) in self.row.meta["asked"]}
         info = len(asked & set(kept)) / len(asked) if asked else max(0.0, 1 - len(kept) / len(page))
         sem = sum(p in page for p in kept) / len(kept) if kept else 1.0

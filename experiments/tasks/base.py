@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from experiments.seeds import derive
 from experiments.tools import Tools
@@ -41,10 +41,13 @@ class Row:
 class Task:
     """Base of all tasks; a task's fields are the keys of its YAML.
 
+    `episodes_by` names a method without which its episodes cannot run, in training or evaluation ("": none).
     `symbols` is the vocabulary of `model=tiny` (None: printable ASCII). `max_prompt_tokens` and
     `max_completion_tokens` are budgets. `tiers` names the difficulty tiers, easy first; tasks that read their
     tiers from data fill it when `rows` is called.
     """
+
+    episodes_by: ClassVar[str] = ""
 
     name: str = "task"
     symbols: tuple[str, ...] | None = None

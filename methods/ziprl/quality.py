@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from methods.errors import ConfigError, check_range
 
@@ -34,7 +35,9 @@ class Scale:
 
     def __post_init__(self) -> None:
         flat = [x for pair in self.intervals for x in pair]
-        if [len(pair) for pair in self.intervals] != [2] * 5 or flat != sorted(flat) or flat[0] < 0 or flat[-1] > 1:
+        for bound in flat:
+            check_range("method.ziprl.intervals", bound, 0.0, 1.0)
+        if [len(pair) for pair in self.intervals] != [2] * 5 or flat != sorted(flat):
             raise ConfigError(
                 "the levels of compression need five growing intervals",
                 where="method.ziprl.intervals",
@@ -50,6 +53,21 @@ class Scale:
                 got=self.weights,
                 expected="weights of ratio, level, info and sem whose sum is 1",
             )
+
+    @classmethod
+    def read(cls, intervals: Any, weights: Any) -> Scale:
+        """From settings; ConfigError for what is no list of numbers, too."""
+        try:
+            return cls(tuple((float(low), float(high)) for low, high in intervals), tuple(map(float, weights)))
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                "the settings of the compression levels cannot be read",
+                where="method.ziprl.intervals, method.ziprl.weights",
+                got=f"{intervals}, {weights}",
+                expected="five pairs of numbers, and four numbers",
+            ) from error
 
     @property
     def top(self) -> int:

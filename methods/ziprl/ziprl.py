@@ -17,7 +17,7 @@ from methods.ziprl.forms import Form, TextForm
 from methods.ziprl.loop import Episode, Loop
 from methods.ziprl.quality import INTERVALS, WEIGHTS, Scale
 
-COMPRESSIONS = ("adaptive", "uniform", "none")
+COMPRESSIONS = ("adaptive", "uniform", "random", "none")
 
 
 @dataclass
@@ -34,7 +34,8 @@ class ZipRl(Method):
     (methods/ziprl/quality.py). The correction sums to 0 over a trajectory and is alive in groups with equal rewards;
     w = 0 is the objective alone. The qualities pass the controls as `qualities`, sets are trajectories.
 
-    compression: adaptive; uniform: all zips at `level`; none: zips ignored, raw documents kept while they fit.
+    compression: adaptive; uniform: all zips at `level`; random: a level drawn for each turn; none: zips ignored, raw
+    documents kept while they fit.
     max_turns: then one more call asks for the answer. A turn writes at most the completion budget of the run.
 
     Differs from the paper: the functions in Q_com, the intervals of the levels and the weight 1/T_i are chosen here
@@ -72,7 +73,7 @@ class ZipRl(Method):
                 got=self.compression,
                 expected=", ".join(COMPRESSIONS),
             )
-        self.scale = Scale(tuple((float(a), float(b)) for a, b in self.intervals), tuple(map(float, self.weights)))
+        self.scale = Scale.read(self.intervals, self.weights)
 
     def rollout(self, rows: list[Any], ctx: Context, default) -> list[Trajectory]:
         envs = [ctx.env(row) for row in rows]

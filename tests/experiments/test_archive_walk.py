@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter
 from dataclasses import replace
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from experiments.services import Services
 from experiments.tasks.archive_walk import SYMBOLS, TOKEN, Archive, ArchiveWalk, PairForm, key, pairs
 from experiments.tokenizers import tiny_tokenizer
 from methods.base import Context
@@ -61,10 +61,10 @@ def walk(task, rows, agent=reader, **settings):
         limits=SimpleNamespace(max_completion_tokens=task.max_completion_tokens),
         generate=generate,
         env=task.environment,
-        counted=lambda kind: contextlib.nullcontext(),
+        call=Services(None, task, 0, SimpleNamespace()).call,
     )
     ctx = Context("eval", 0, 0, 1, services=services)
-    method = ZipRl(max_prompt_tokens=task.max_prompt_tokens, **settings)
+    method = ZipRl(**{"max_prompt_tokens": task.max_prompt_tokens} | settings)
     trajs = method.rollout(rows, ctx, default=None)
     return trajs, method.eval_metrics(trajs, ctx), seen
 
@@ -118,6 +118,16 @@ def test_settings_that_cannot_be_met_are_refused(bad):
         ArchiveWalk(**bad)
 
 
+@pytest.mark.parametrize("method", ["[]", "[ha_dw]"])
+def test_a_stack_that_runs_no_episodes_is_refused(method):
+    from experiments.bench import configuration
+    from experiments.run import check
+
+    with pytest.raises(ConfigError, match=r"add method=\[ziprl_archive\]"):
+        check(configuration("task=archive_walk", f"method={method}"))
+    check(configuration("task=archive_walk", "method=[ziprl_archive]"))
+
+
 # ---- quality ----
 PAGE = [f"k{k}v{k}" for k in range(4, 15)] + ["k0e1"]
 
@@ -138,6 +148,7 @@ def test_symbolic_quality(kept, level, ratio, fit, info, sem):
     assert got["relevance"] == 2
     nothing = PairForm(SimpleNamespace(meta={"asked": ["k15"]}), Scale())
     assert nothing.quality(Document("e1", _text(PAGE)), Zip("e1", 1, ""))["com"] == 1
+    assert set(nothing.quality(Document("e1", ""), Zip("e1", 1, "")).values()) == {0.0}  # an empty page
 
 
 def _text(kept):
@@ -165,8 +176,17 @@ def test_a_walk_of_256_turns_keeps_the_prompt_flat():
     task = ArchiveWalk(pages={"255": 255}, mixture={"255": 1}, train_rows=1, eval_rows=1, relevant=0.02)
     rows = task.rows("eval", 0)
     trajs, columns, _ = walk(task, rows, max_turns=300)
-    assert columns["turns"] == [256] and columns["peak_prompt"][0] <= 160 and columns["overflow_dropped"][0] > 100
-    assert len(trajs[0].segments) == 256
+    assert columns["turns"] == [256] and columns["peak_prompt"][0] <= 160 and len(trajs[0].segments) == 256
+    assert not columns["overflow_cut"][0] and not columns["overflow_dropped"][0]  # irrelevant pages leave nothing
+    assert task.score(trajs[0].text, trajs[0].row) == 1
+
+
+def test_a_page_longer_than_the_prompt_is_halved_until_it_fits(task):
+    rows = [r for r in task.rows("eval", 0) if r.tier == "2"]
+    settings = {"max_prompt_tokens": 24, "max_turns": 4}
+    trajs, columns, seen = walk(task, rows, **settings)
+    assert max(len(TOKEN.findall(p)) for p in seen) <= 24 and all(columns["overflow_document"])
+    assert all(t.turns[1].scores["source"] in (3, 6) for t in trajs if len(t.turns) > 1)
 
 
 def test_a_cap_forces_the_answer_and_uniform_levels_are_written_for_the_model(task):

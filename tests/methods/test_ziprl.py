@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+import time
+import zlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from experiments.services import Services
+from experiments.tools import SEARCH, Tools
 from methods.base import Context, Segment, Trajectory, Turn, assemble
 from methods.controls import Shuffle
 from methods.errors import ConfigError
@@ -29,6 +33,8 @@ BOTH = GOOD + '<zip doc="d2" level="1">Food.</zip>'
 def search(query: str) -> str:
     if query == "boom":
         raise RuntimeError("the index is gone")
+    if query == "hang":
+        time.sleep(1.0)
     return PAGES[query]
 
 
@@ -49,6 +55,9 @@ def play():
     """play(method, agent, rows=1) -> (trajectories, context); characters are tokens."""
 
     def make(method, agent, rows=1, question="Where was Curie born?", group=None, mode="train"):
+        tools = Tools(SEARCH, timeout=0.05)
+        runner = Services(None, SimpleNamespace(tools=tools), 0, SimpleNamespace())
+
         def generate(requests, stream):
             assert stream == f"ziprl/{mode}"
             texts = [agent("".join(map(chr, r["prompt_ids"]))) for r in requests]
@@ -60,7 +69,8 @@ def play():
             limits=SimpleNamespace(max_completion_tokens=99),
             generate=generate,
             env=lambda row: SimpleNamespace(tools={"search": search}),
-            counted=lambda kind: contextlib.nullcontext(),
+            call=runner.call,
+            rng=lambda name: np.random.default_rng(zlib.crc32(name.encode())),
         )
         ctx = Context(mode, 0, 0, group or rows, services=services)
         data = [SimpleNamespace(id=f"r{i}", meta={"question": question}, prompt=question) for i in range(rows)]
@@ -142,7 +152,14 @@ def test_the_turn_cap_forces_an_answer_from_memory(play):
     assert measures.of_trajectory(traj) | {"finished": 0.0, "forced": 1.0} == measures.of_trajectory(traj)
 
 
-@pytest.mark.parametrize(("query", "remark"), [("search(boom)", "the index is gone"), ("open(x)", "no tool 'open'")])
+@pytest.mark.parametrize(
+    ("query", "remark"),
+    [
+        ("search(boom)", "the index is gone"),
+        ("open(x)", "no tool 'open'"),
+        ("search(hang)", "no result within 0.05 s"),
+    ],
+)
 def test_tool_errors_become_remarks(play, query, remark):
     agent = answers(f"<tool>{query}</tool>")
     (traj,), _ = play(ZipRl(), agent)
@@ -171,6 +188,16 @@ def test_uniform_compression_asks_for_and_keeps_one_level(play):
     (traj,), _ = play(ZipRl(compression="uniform", level=2), agent)
     assert "level 2 (" in agent.seen[0] and "level 5 (" not in agent.seen[0]
     assert traj.turns[1].scores["level"] == 2.0
+
+
+def test_random_compression_asks_for_a_level_drawn_anew_each_turn(play):
+    turn = '<zip doc="d{}" level="5">Curie.</zip><tool>search(curie)</tool>'
+    agent = answers("<tool>search(curie)</tool>", *(turn.format(2 * k + 1) for k in range(12)))
+    (traj,), _ = play(ZipRl(compression="random"), agent)
+    asked = [[level for level in range(1, 6) if f"level {level} (" in prompt] for prompt in agent.seen]
+    assert all(len(one) == 1 for one in asked) and len({one[0] for one in asked}) > 2
+    kept = [turn.scores["level"] for turn in traj.turns[1:13]]  # a document without a zip is an empty one of level 1
+    assert kept == [(one[0] + 1) / 2 for one in asked[1:13]]
 
 
 def test_without_compression_raw_text_stays_until_the_oldest_no_longer_fits(play):
@@ -225,8 +252,6 @@ def _trajectory(qualities, group=0, sample=0):
 
 
 def _credit(trajs, rewards, method, objective=None, controls=(), base=None):
-    import numpy as np
-
     stack = Stack([method, *controls], objective or Grpo())
     services = SimpleNamespace(gather=lambda x: x, rng=lambda name: np.random.default_rng(3))
     ctx = Context("train", 0, 0, len(trajs), services=services, trajs=trajs)
@@ -285,7 +310,9 @@ def test_shuffled_qualities_stay_in_their_trajectory_and_missing_ones_missing():
 
 
 @pytest.mark.parametrize("bad", [{"w": -0.1}, {"w": NAN}, {"w": math.inf}, {"max_turns": 0}, {"level": 6},
-                                 {"compression": "zip"}, {"weights": (1, 0, 0)}, {"max_prompt_tokens": 0}])  # fmt: skip
+                                 {"compression": "zip"}, {"weights": (1, 0, 0)}, {"max_prompt_tokens": 0},
+                                 {"weights": 3}, {"weights": ("a",) * 4}, {"intervals": ((0, 0.1), 3)},
+                                 {"intervals": ((0, 0.1), (0.1, NAN), *((0.3, 0.4),) * 3)}])  # fmt: skip
 def test_settings_that_cannot_be_right_are_refused(bad):
     with pytest.raises(ConfigError):
         ZipRl(**bad)
