@@ -30,6 +30,7 @@ class Experiment:
     secondary: list[dict[str, Any]] = field(default_factory=list)
     controls: dict[str, str] = field(default_factory=dict)
     axis: dict[str, Any] = field(default_factory=dict)  # name, groups: {panel: {arm: place}}, columns
+    logged: dict[str, Any] = field(default_factory=dict)  # name, panels: {title: key of metrics.jsonl}, arms; drawn
     budget: float | None = None
     smoke: dict[str, Any] = field(default_factory=dict)
     note: str = ""
@@ -125,6 +126,8 @@ def _check(spec: Experiment) -> None:
     groups = _mapping(spec.path, "axis.groups", spec.axis.get("groups") or {})
     placed = [(name, arm) for name in groups for arm in _mapping(spec.path, f"axis.groups.{name}", groups[name])]
     named |= {f"axis.groups.{name}: {arm}": arm for name, arm in placed}
+    _mapping(spec.path, "logged.panels", spec.logged.get("panels") or {})
+    named |= {f"logged.arms: {arm}": arm for arm in spec.logged.get("arms") or []}
     named |= {f"smoke.arms: {arm}": arm for arm in spec.smoke.get("arms") or []}
     named |= {f"arms.{arm}: model.init": spec.earlier(arm) for arm in spec.arms}
     for key, arm in named.items():

@@ -1,7 +1,8 @@
 """What retrieval from a graph memory costs: python -m experiments.bench_memory
 
-Milliseconds for the questions of one generation at 1e3, 1e4 and 1e5 stored questions, and the method's hooks over step
-time at 10,000, where the memory is used (objective=grpo) and where its weights are trained (graph_weights).
+Steps of task=procedures with its tools, 16 questions x 8 episodes of the tiny model, with 10,000 stored questions:
+their time and the share of the method's hooks, where the memory is used (objective=grpo) and where its weights are
+trained (graph_weights). Then the retrieval alone, for 16 questions at 1e3, 1e4 and 1e5 stored ones, over the grpo step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.bench import Baton, configuration, median_seconds, our_trainer, turns
+from experiments.bench import WARM_UP, Baton, configuration, median_seconds, our_trainer, turns
 
 QUESTIONS, WIDTH, PATHS, STRATEGIES = 16, 512, 40, 64
 
@@ -41,24 +42,15 @@ def stored(count: int) -> Any:
     )
 
 
-def retrieval(sizes: tuple[int, ...] = (1_000, 10_000, 100_000)) -> None:
-    import numpy as np
-
-    asked = np.random.default_rng(1).normal(size=(QUESTIONS, WIDTH)).astype(np.float32)
-    print(f"retrieval for {QUESTIONS} questions, median of 15")
-    for size in sizes:
-        memory = stored(size)
-        print(f"  {size:>7} stored  {1000 * median_seconds(lambda m=memory: m.activate(asked, 5), 15):8.2f} ms")
-
-
-def share(objective: str, size: int = 10_000, rows: int = 64, tokens: int = 64, count: int = 6) -> None:
+def steps(objective: str, size: int = 10_000, count: int = 20) -> float:
+    """Prints step time and hook share with their ranges; the median step in seconds."""
     from hydra.utils import instantiate
 
     from methods.graph_memory.graph_memory import GraphMemory
 
-    words = [f"objective={objective}", f"trainer.prompts_per_step={rows // 8}", f"trainer.max_steps={count + 1}"]
-    words += [f"trainer.max_completion_tokens={tokens}", "trainer.save_every=0", "eval.every=0"]
-    cfg = configuration(*words, "method=[graph_memory]", "model.warm_start=null")
+    words = ["task=procedures", f"objective={objective}", f"trainer.prompts_per_step={QUESTIONS}"]
+    words += [f"trainer.max_steps={count + WARM_UP}", "trainer.save_every=0", "eval.every=0"]
+    cfg = configuration(*words, "method=[graph_memory]")
     task = instantiate(cfg.task)
     loaded = instantiate(cfg.model).load(task, 0)
     method = GraphMemory(memory=stored(size), memory_questions=0)
@@ -66,16 +58,31 @@ def share(objective: str, size: int = 10_000, rows: int = 64, tokens: int = 64, 
         trainer, baton = our_trainer(cfg, loaded, task, [method], Path(folder)), Baton(["only"])
         turns(trainer, "only", baton, 0)
         trainer.train()
-    hook = [h["time/hook/graph_memory"] for h in trainer.state.log_history if "loss" in h][1:]
-    shares = sorted(h / s for h, s in zip(hook, baton.seconds["only"][1:], strict=True))
-    print(f"  {objective:<14} {statistics.median(shares):.3%}  [{shares[0]:.3%}, {shares[-1]:.3%}]")
+    hook = [h["time/hook/graph_memory"] for h in trainer.state.log_history if "loss" in h][WARM_UP:]
+    seconds = baton.seconds["only"][WARM_UP:]
+    shares = sorted(h / s for h, s in zip(hook, seconds, strict=True))
+    step = statistics.median(seconds)
+    print(f"  {objective:<14} {1000 * step:6.0f} ms, hooks {statistics.median(shares):.2%}  ", end="")
+    print(f"[{shares[0]:.2%}, {shares[-1]:.2%}]")
+    return step
+
+
+def retrieval(step: float, sizes: tuple[int, ...] = (1_000, 10_000, 100_000)) -> None:
+    import numpy as np
+
+    asked = np.random.default_rng(1).normal(size=(QUESTIONS, WIDTH)).astype(np.float32)
+    for size in sizes:
+        memory = stored(size)
+        seconds = median_seconds(lambda m=memory: m.activate(asked, 5), 25)
+        print(f"  {size:>7} stored  {1000 * seconds:8.2f} ms  {seconds / step:7.2%} of a step")
 
 
 if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    retrieval()
-    print("hook time / step time at 10,000 stored questions, 64 rows of 64 tokens, median of 6 steps with its range")
-    share("grpo")
-    share("graph_weights")
+    print(f"steps of {QUESTIONS} questions x 8 episodes, 10,000 stored questions: median of 20, range of the shares")
+    step = steps("grpo")
+    steps("graph_weights")
+    print(f"retrieval for {QUESTIONS} questions, median of 25")
+    retrieval(step)

@@ -34,7 +34,7 @@ def listing(memory: Memory, neighbours: int = 5, shown: int = 3) -> str:
     for k in np.argsort(-weight_M, kind="stable"):
         s = memory.strategies[k]
         evidence = f"{s.support}:{s.contradictions}" if s.observations else "-"
-        lines.append(f"{weight_M[k]:6.2f}  {first_M[k]:4.0%}  {evidence:>9}  {s.kind:<11}  {s.text}")
+        lines.append(f"{weight_M[k]:6.2f}  {first_M[k]:4.0%}  {evidence:>9}  {s.kind:<11}  {_visible(s.text)}")
     p_BM = candidate_probabilities(relevance_BM)
     for j in range(J):
         won = memory.to_paths.source_E[(memory.to_paths.target_E == j) & (memory.to_paths.count_E2[:, 0] > 0)]
@@ -42,7 +42,7 @@ def listing(memory: Memory, neighbours: int = 5, shown: int = 3) -> str:
         if len(won):
             mean_M = p_BM[won].mean(0)
             lines += ["", f"{len(won)} questions were answered by {_short(memory.paths[j])}; they are told"]
-            lines += [f"  {mean_M[k]:4.0%}  {memory.strategies[k].text}" for k in best(mean_M, shown)]
+            lines += [f"  {mean_M[k]:4.0%}  {_visible(memory.strategies[k].text)}" for k in best(mean_M, shown)]
     return "\n".join(lines)
 
 
@@ -73,9 +73,10 @@ def draw(memory: Memory, path: str | Path) -> Path:
         for node, (x, y) in at.items():
             text = graph.nodes[node]["text"]
             text = _short(memory.paths[int(node[1:])]) if node[0] == "t" else text[-28:] if node[0] == "q" else text
+            text = _visible(text).replace("$", r"\$")
             place = {"q": (-6, 0, "right"), "t": (0, 9, "center"), "m": (6, 0, "left")}[node[0]]
             ax.annotate(
-                text.replace("$", r"\$"), (x, y), place[:2], textcoords="offset points", ha=place[2], va="center",
+                text, (x, y), place[:2], textcoords="offset points", ha=place[2], va="center",
                 fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
             )  # fmt: skip
         kept = f", the first {MOST_DRAWN}" if len(memory.questions) > MOST_DRAWN else ""
@@ -88,4 +89,9 @@ def draw(memory: Memory, path: str | Path) -> Path:
 
 
 def _short(states: tuple[str, ...]) -> str:
-    return " > ".join(SHORT.get(state, state) for state in states)
+    return " > ".join(SHORT.get(state, _visible(state)) for state in states)
+
+
+def _visible(text: str) -> str:
+    """Without what a terminal would obey: texts of a memory file may come from anywhere."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -55,6 +55,7 @@ def draw(study: Study, folder: Path) -> dict[str, str]:
             ("Learning curves", "learning_curves", _learning(study)),
             ("Paired differences", "differences", _forest(study)),
             ("Along the axis", "axis", _along_axis(study)),
+            ("Logged values", "logged", _logged_values(study)),
         ):
             if figure is not None:
                 save(figure, folder / name)
@@ -101,6 +102,11 @@ def _learning(study: Study):
         return None
     if len(study.arms) > MOST_LINES:
         return _one_panel_per_arm(study, panels[0][1])
+    return _side_by_side(study, panels, _quantity(study))
+
+
+def _side_by_side(study: Study, panels: Sequence[tuple[str, dict[str, Curve]]], quantity: str):
+    """Titled panels with one curve per arm, the arms named beside the last one."""
     figure, axes = new_figure(2.75 * len(panels) + 1.7, 3.3, 1, len(panels), sharey=True, sharex=True)
     hues = colours(study)
     for axis, (title, curves) in zip(axes[0], panels, strict=True):
@@ -108,9 +114,20 @@ def _learning(study: Study):
             _line(axis, curves[arm], hues[arm], len(study.arms) <= 5)
         axis.set_title(title, loc="left")
         _dress(axis)
-    axes[0][0].set_ylabel(_quantity(study))
+    axes[0][0].set_ylabel(quantity)
     _direct_legend(axes[0][-1], panels[-1][1], hues)
     return figure
+
+
+def _logged_values(study: Study):
+    """One panel per entry of the plan's `logged`, a title and a key of metrics.jsonl, for its arms."""
+    plan = study.plan.get("logged") or {}
+    arms = {arm: study.arms[arm] for arm in plan.get("arms") or study.arms if arm in study.arms}
+    panels = []
+    for title, key in (plan.get("panels") or {}).items():
+        curves = {arm: curve for arm, readings in arms.items() if (curve := _logged(readings, str(key)))}
+        panels += [(str(title), curves)] if curves else []
+    return _side_by_side(study, panels, str(plan.get("name", ""))) if panels else None
 
 
 def _quantity(study: Study) -> str:

@@ -82,6 +82,8 @@ def test_a_variant_may_differ_but_must_construct(own):
             "baseline: plain\naxis: {groups: {all: {plane: 0}}}",
             "axis.groups.all: plane names no arm",
         ),
+        ("baseline: plain", "baseline: plain\nlogged: {arms: [plane]}", "logged.arms: plane names no arm"),
+        ("baseline: plain", "baseline: plain\nlogged: {panels: [loss]}", "logged.panels holds names and values"),
         ("title: ", "titel: ", "no key 'titel'"),
         ("direction: higher", "direction: up", "direction"),
         ("seeds: [0, 1, 2]", "seeds: [0, 0]", "different integers"),

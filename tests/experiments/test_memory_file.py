@@ -109,6 +109,8 @@ def test_the_listing_can_be_read(memory):
     wanted = "1.75 100% 2:1 contrast After Start prefer ToolExecution over AnswerGeneration."
     assert " ".join(best.split()) == wanted
     assert "2 questions were answered by Tool > Analysis > Answer; they are told" in text
+    memory.strategies[0].text = "After\x1b[2J Start"
+    assert "After?[2J Start" in memory_report.listing(memory)  # a terminal would obey it
     assert memory_report.listing(Memory()) == "0 questions, 0 paths, 0 strategies"
 
 
@@ -120,6 +122,8 @@ def test_the_command(memory, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "both.safetensors") and "Be polite." in done.stdout
     assert memory_file.load(tmp_path / "both.safetensors").strategies[0].support == 4
-    path.write_bytes(path.read_bytes()[:100])
+    before = (tmp_path / "both.safetensors").read_bytes()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2 and "damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (tmp_path / "both.safetensors").read_bytes() == before

@@ -441,6 +441,17 @@ def test_arms_along_an_axis_are_one_curve_per_tier(results):
     ]
 
 
+def test_logged_values_are_drawn_for_the_arms_named(results):
+    study = study_of(results)
+    assert plots._logged_values(study) is None
+    panels = {"A reward": "reward", "nothing": "unknown"}
+    study.plan["logged"] = {"name": "height", "panels": panels, "arms": ["good", "flipped", "gone"]}
+    (panel,) = plots._logged_values(study).axes
+    assert panel.get_title(loc="left") == "A reward" and panel.get_ylabel() == "height" and len(panel.lines) == 2
+    series = [r.metrics.set_index("step")["reward"] for r in study.arms["good"]]
+    assert list(panel.lines[0].get_ydata()) == pytest.approx(list(sum(series) / len(series)))
+
+
 # ---------------------------------------------------------------- the sample browser
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><!--<script>%SCRIPT% & \u2028 \ud800"

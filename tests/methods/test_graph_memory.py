@@ -288,6 +288,14 @@ def test_weights_stay_in_their_range(memory):
         (lambda m: setattr(m.to_paths, "target_E", np.array([1, 1, 1, 2])), "there twice"),
         (lambda m: m.questions.append("q1"), "a question is there twice"),
         (lambda m: setattr(m, "embedding_QD", np.zeros((2, 2))), "differ in number"),
+        (lambda m: setattr(m, "embedding_QD", np.full((3, 2), np.inf)), "not finite"),
+        (lambda m: setattr(m, "embedding_QD", np.zeros(3)), "rows of floats"),
+        (lambda m: setattr(m.to_paths, "source_E", np.array([0.0, 0, 1, 2])), "source_E.*impossible type or shape"),
+        (lambda m: setattr(m.to_strategies, "count_E2", np.zeros(4, int)), "count_E2.*impossible type or shape"),
+        (lambda m: setattr(m.to_strategies, "count_E2", np.full((4, 2), -1)), "fewer than no rollouts"),
+        (lambda m: m.paths.append(("x", 3)), "is no text"),
+        (lambda m: setattr(m.strategies[0], "support", "many"), "impossible kind or count"),
+        (lambda m: setattr(m.strategies[0], "kind", "odd"), "impossible kind or count"),
     ],
 )
 def test_a_damaged_memory_is_refused(memory, change, message):
