@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +38,7 @@ class Bfcl(ToolTable):
 
     A response scores 1 if its calls are right in their category (`experiments.tasks.bfcl_checker`); the tiers are the
     categories. Stateful categories (multi_turn and others whose tools act on a world) need the package bfcl-eval, which
-    pins numpy 1.26 and does not install beside the rest: they are left out, and a line on stderr names them.
+    pins numpy 1.26 and does not install beside the rest: they are left out, and the table names them.
     """
 
     usual: ClassVar[dict[str, tuple[str, ...]]] = ToolTable.usual | {"prompt": ("question",), "tier": ("category",)}
@@ -48,7 +47,14 @@ class Bfcl(ToolTable):
     tiers: tuple[str, ...] = CATEGORIES
     max_completion_tokens: int = 512
     eval_fraction: float = 1.0
-    left_out: dict[str, int] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._left_out: dict[str, int] = {}
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        return self._left_out
 
     def messages(self, record: dict, prompt: Any) -> list[dict]:
         (turn,) = prompt  # of one turn
@@ -86,10 +92,7 @@ class Bfcl(ToolTable):
                 gone[category] += 1
             else:
                 kept.append((place, record))
-        self.left_out = dict(sorted(gone.items()))
-        if gone:
-            named = ", ".join(f"{category} ({count})" for category, count in self.left_out.items())
-            print(f"{self.name}: left out because they need a stateful world: {named}", file=sys.stderr)
+        self._left_out = dict(sorted(gone.items()))
         if not kept:
             raise DataError("No row is of a category with one turn", where=source, expected=", ".join(CATEGORIES))
         return kept, source
