@@ -61,5 +61,9 @@ def _tables(plan: Plan) -> None:
     from experiments.scoring import table
 
     for job in plan.jobs:
-        frame = load_run(run_folder(job.cfg)).evals()
-        typer.echo(table(frame, f"{plan.name}/{job.label}"))
+        run = load_run(run_folder(job.cfg))
+        typer.echo(table(run.evals(), f"{plan.name}/{job.label}"))
+        metrics = (run.summary or {}).get("metrics", {}).items()
+        gone = [f"{key.partition('/left_out/')[2]} ({count:.0f})" for key, count in metrics if "/left_out/" in key]
+        if gone:
+            typer.echo(f"[left out, cannot be scored here: {', '.join(gone)}]")

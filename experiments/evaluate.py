@@ -104,6 +104,7 @@ def _measure(cfg: DictConfig, writer: Any, to_request: Any, metrics: Any) -> tup
     values: dict[str, float] = {}
     for name, part in zip(tasks, frames, strict=True):
         values |= {f"{name}/{key}": value for key, value in summarise(part, powers(cfg.eval.samples)).items()}
+        values |= {f"{name}/left_out/{key}": count for key, count in tasks[name].left_out.items()}
     if len(tasks) > 1:
         values["suite/score"] = sum(values[f"{name}/score"] for name in tasks) / len(tasks)
     return values, {**cost, "seconds": time.monotonic() - began}

@@ -124,15 +124,17 @@ class Services:
             return torch.from_numpy(out / np.maximum(norms, 1e-12))
 
     def judge(self, requests: Sequence[Any]) -> list[list[Any]]:
+        from experiments.engines.base import Request
+
         if self.judge_engine is None:
             raise ConfigError(
                 "a method asks for a judge and none is configured",
                 where="judge",
-                fix="add +judge=<engine>, e.g. openai",
+                fix="add +engine@judge=openai judge.url=http://localhost:8000/v1",
             )
         with self.counted("judge"):
             self.cost["judge_calls"] += len(requests)
-            return self.judge_engine.generate(requests)
+            return self.judge_engine.generate([Request(**r) if isinstance(r, dict) else r for r in requests])
 
     def forward(self, trajs: list[Trajectory], what: Sequence[str]) -> dict[str, Tensor]:
         raise ConfigError("a method asks for a forward pass, which only training gives", fix="guard it with ctx.mode")

@@ -74,6 +74,11 @@ class Task:
         raise NotImplementedError
 
     @property
+    def left_out(self) -> dict[str, int]:
+        """Rows of the source that this task cannot score, by name, once `rows` was called; tables name them."""
+        return {}
+
+    @property
     def tools(self) -> Tools | None:
         """How episodes with tools run; None for a task that is one answer."""
         return None

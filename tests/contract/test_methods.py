@@ -54,7 +54,8 @@ def test_imports_only_the_hook_contract(name):
     module = get_class(config("method", name)._target_).__module__
     tree = ast.parse((CONF.parent / (module.replace(".", "/") + ".py")).read_text())
     allowed = {"methods.base", "methods.numerics", "methods.errors", "methods.demonstrations"}
-    pure = {"__future__", "collections", "dataclasses", "math", "re", "typing", "torch", "numpy", "scipy", "rapidfuzz"}
+    pure = {"__future__", "collections", "dataclasses", "json", "math", "re", "typing", "warnings"}
+    pure |= {"torch", "numpy", "scipy", "rapidfuzz"}
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
