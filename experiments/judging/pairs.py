@@ -231,9 +231,9 @@ def write_verdicts(
     with new_folder(path.parent), os_errors(path):
         try:
             with parquet.ParquetWriter(part, shape, compression="zstd") as writer:
-                stream = iter(verdicts)
-                while batch := list(itertools.islice(stream, ROW_GROUP)):
-                    rows = [v.row() if isinstance(v, Verdict) else dict(v) for v in batch]
+                # Rows at once: a verdict holds its item, and so the texts of all its responses.
+                stream = (v.row() if isinstance(v, Verdict) else dict(v) for v in verdicts)
+                while rows := list(itertools.islice(stream, ROW_GROUP)):
                     rows = [{**row, "text": _utf8(row["text"])} for row in rows]
                     writer.write_table(pa.Table.from_pylist(rows, schema=shape))
                     count += len(rows)
