@@ -194,6 +194,13 @@ def questions(items: Iterable[Item], seed: int, form: Form = "pairs", orders: Or
                 yield asked.swapped()
 
 
+def ask(judge: Judge, asked: Iterable[Question], batch: int = 1024) -> Iterator[Verdict]:
+    """The verdicts on all questions; `batch` of them are in memory at a time."""
+    stream = iter(asked)
+    while part := list(itertools.islice(stream, batch)):
+        yield from judge.judge(part)
+
+
 # ---------------------------------------------------------------- verdict files
 
 ROW_GROUP = 4096
