@@ -31,11 +31,13 @@ def without_thinking(text: str) -> str:
 def parse_json(text: str) -> dict[str, Any]:
     """The JSON object in `text`: the whole text, else a fenced block, else from the first `{` to the last `}`.
 
+    A thinking block is left out first, unless only the text with it can be read: a value may quote `<think>`.
     Raises Rejected: "not JSON", or "no JSON object" for JSON of another kind.
     """
-    text = without_thinking(text).strip()
-    tries = [text, *FENCED.findall(text), text[text.find("{") : text.rfind("}") + 1]]
     other = False
+    tries = [text]
+    for part in (without_thinking(text), text):
+        tries += [part, *FENCED.findall(part), part[part.find("{") : part.rfind("}") + 1]]
     for candidate in filter(None, tries):
         try:
             found = json.loads(candidate)
