@@ -1,4 +1,4 @@
-"""The file formats of the judge benchmarks: records to items, and back for data of our own.
+"""The file formats of the judge benchmarks: records to items.
 
 RewardBench v1, RewardBench 2, RM-Bench, RMB (pairs and best of N), LLMBar, and plain preference pairs. The key of an
 item is (benchmark, subset, id); its cluster is its prompt, for RewardBench 2's Ties the number k of `ref:k`, `tied:k`.
@@ -46,7 +46,6 @@ class Format:
 
     columns: tuple[str, ...]
     read: Callable[[Record, str], Item]
-    write: Callable[[Item], dict[str, Any]]
     rows: Mapping[str, int]
     hub: str = ""
     split: str = ""
@@ -111,12 +110,6 @@ def _read_v1(record: Record, where: str) -> Item:
     return _item("rewardbench", subset, record["id"], _text(record, "prompt", where), [chosen], [rejected])
 
 
-def _write_v1(item: Item) -> dict[str, Any]:
-    chosen, rejected = item.responses
-    names = {"id": item.id, "subset": item.subset, "chosen_model": "program", "rejected_model": "program"}
-    return {"prompt": item.prompt, "chosen": chosen, "rejected": rejected, **names}
-
-
 def _read_v2(record: Record, where: str) -> Item:
     subset, ties = _subset(record["subset"], V2_ROWS, where), record["subset"] == "Ties"
     chosen = _texts(record, "chosen", where, None if ties else 1)
@@ -130,23 +123,10 @@ def _read_v2(record: Record, where: str) -> Item:
     return Item(**(vars(item) | {"cluster": k}))
 
 
-def _write_v2(item: Item) -> dict[str, Any]:
-    correct = sum(grade == 1 for grade in item.grades)
-    chosen, rejected = list(item.responses[:correct]), list(item.responses[correct:])
-    counts = {"num_correct": correct, "num_incorrect": len(rejected), "total_completions": len(item.responses)}
-    whole = {"id": item.id, "prompt": item.prompt, "chosen": chosen, "rejected": rejected}
-    return {**whole, **counts, "models": ["program"], "subset": item.subset}
-
-
 def _read_rm(record: Record, where: str) -> Item:
     domain = _subset(record["domain"], RM_ROWS, where)
     chosen, rejected = _texts(record, "chosen", where, 3), _texts(record, "rejected", where, 3)
     return _item("rm_bench", domain, record["id"], _text(record, "prompt", where), chosen, rejected)
-
-
-def _write_rm(item: Item) -> dict[str, Any]:
-    chosen, rejected = list(item.responses[:3]), list(item.responses[3:])
-    return {"id": item.id, "prompt": item.prompt, "chosen": chosen, "rejected": rejected, "domain": item.subset}
 
 
 def _read_rmb(record: Record, where: str) -> Item:
@@ -171,15 +151,6 @@ def _read_rmb(record: Record, where: str) -> Item:
     return _item("rmb", path, record[name], prompt, answers[:1], answers[1:])
 
 
-def _write_rmb(item: Item) -> dict[str, Any]:
-    turns = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else list(item.prompt)
-    best, *losers = [{"llm_name": "program", "answer": text} for text in item.responses]
-    row: dict[str, Any] = {"conversation_input": turns, "category_path": item.subset}
-    if item.subset.startswith("BoN"):
-        return {"bon_uid": item.id, **row, "bon_best": best, "loser_list": losers}
-    return {"pair_uid": item.id, **row, "chosen": best, "reject": losers[0]}
-
-
 def _labelled(label: Any) -> tuple[tuple[float, float], dict[str, str]]:
     """Grades of two responses by a label; equal ones, and why, where it is a tie or cannot be read."""
     said = str(label).strip().lower()
@@ -200,12 +171,6 @@ def _read_llmbar(record: Record, where: str) -> Item:
     return Item(str(record["id"]), "llmbar", subset, prompt, outputs, grades, cluster_of(prompt), meta)
 
 
-def _write_llmbar(item: Item) -> dict[str, Any]:
-    first, second = item.responses
-    row = {"id": item.id, "subset": item.subset, "input": item.prompt, "output_1": first, "output_2": second}
-    return {**row, "label": 1 if item.grades[0] > item.grades[1] else 2}
-
-
 def _read_pairs(record: Record, where: str) -> Item:
     asked = next((key for key in ("prompt", "instruction", "messages") if key in record), "prompt")
     name = next((key for key in ("id", "pair_id") if key in record), "id")
@@ -214,14 +179,10 @@ def _read_pairs(record: Record, where: str) -> Item:
     _need(record, (name, asked, *answers), where)
     prompt = record[asked] if asked == "messages" else _text(record, asked, where)
     texts = tuple(_text(record, key, where) for key in answers)
-    grades, meta = _labelled(record["winner"]) if labelled else ((1.0, 0.0), {})
+    grades, left_out = _labelled(record["winner"]) if labelled else ((1.0, 0.0), {})
+    meta = {key: record[key] for key in ("rules", "required") if key in record} | left_out
     subset = str(record.get("subset") or "all")
     return Item(str(record[name]), "pairs", subset, prompt, texts, grades, cluster_of(prompt), meta)
-
-
-def _write_pairs(item: Item) -> dict[str, Any]:
-    chosen, rejected = item.responses
-    return {"id": item.id, "subset": item.subset, "prompt": item.prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _need(record: Record, columns: tuple[str, ...], where: str) -> None:
@@ -240,22 +201,19 @@ FORMATS = {
     "rewardbench": Format(
         ("id", "subset", "prompt", "chosen", "rejected"),
         _read_v1,
-        _write_v1,
         V1_ROWS,
         "allenai/reward-bench",
         "filtered",
     ),
     "rewardbench2": Format(
-        ("id", "subset", "prompt", "chosen", "rejected"), _read_v2, _write_v2, V2_ROWS, "allenai/reward-bench-2", "test"
+        ("id", "subset", "prompt", "chosen", "rejected"), _read_v2, V2_ROWS, "allenai/reward-bench-2", "test"
     ),
     "rm_bench": Format(
-        ("id", "domain", "prompt", "chosen", "rejected"), _read_rm, _write_rm, RM_ROWS, "THU-KEG/RM-Bench", "train"
+        ("id", "domain", "prompt", "chosen", "rejected"), _read_rm, RM_ROWS, "THU-KEG/RM-Bench", "train"
     ),
-    "rmb": Format(("category_path", "conversation_input"), _read_rmb, _write_rmb, RMB_ROWS),
-    "llmbar": Format(
-        ("id", "subset", "input", "output_1", "output_2", "label"), _read_llmbar, _write_llmbar, LLMBAR_ROWS
-    ),
-    "pairs": Format((), _read_pairs, _write_pairs, {}),
+    "rmb": Format(("category_path", "conversation_input"), _read_rmb, RMB_ROWS),
+    "llmbar": Format(("id", "subset", "input", "output_1", "output_2", "label"), _read_llmbar, LLMBAR_ROWS),
+    "pairs": Format((), _read_pairs, {}),
 }
 
 
