@@ -187,6 +187,7 @@ def clustered(
     present = (np.bincount(cells, minlength=clusters * groups).reshape(-1, groups) > 0).astype(float)
     count = ((present @ used.T.astype(float)) > 0).sum(axis=0)
     squares = ((residual @ c.T) ** 2).sum(axis=0)
+    squares[squares < 1e-24] = 0.0  # rounding, where all values of a group are equal
     found = []
     for m, n, square in zip(estimate, count, squares, strict=True):
         if n < 2 or math.isnan(m):

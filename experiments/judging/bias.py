@@ -96,7 +96,7 @@ def _mean(values: np.ndarray, clusters: np.ndarray) -> stats.Interval:
     return stats.clustered(values, np.zeros(len(values), int), clusters, [[1.0]])[0]
 
 
-def regression(told: Said, steps: int = 100) -> tuple[float, float, float]:
+def regression(told: Said, steps: int = 100) -> tuple[float, ...]:
     """(b0, b_gold, b_len): position, discernment and verbosity, by Newton's method on the penalised likelihood.
 
     sum log-likelihood - RIDGE / 2 (b_gold^2 + b_len^2); ties count as half a pick, unparsable verdicts are left out.
@@ -115,4 +115,4 @@ def regression(told: Said, steps: int = 100) -> tuple[float, float, float]:
         b = b + np.clip(step, -2, 2)
         if np.abs(step).max() < 1e-10:
             break
-    return float(b[0]), float(b[1]), float(b[2])
+    return tuple(round(float(slope), 6) + 0.0 for slope in b)

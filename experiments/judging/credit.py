@@ -167,8 +167,8 @@ class _Ragged:
 def _ragged(column: Any) -> _Ragged:
     import pyarrow.compute as pc
 
-    size = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
-    return _Ragged(pc.list_flatten(column).to_numpy(), np.cumsum(size) - size, size)
+    size = pc.fill_null(pc.call_function("list_value_length", [column]), 0).to_numpy().astype(np.int64)
+    return _Ragged(pc.call_function("list_flatten", [column]).to_numpy(), np.cumsum(size) - size, size)
 
 
 def _encoded(column: Any) -> tuple[np.ndarray, np.ndarray]:

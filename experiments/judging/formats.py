@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments.judging.pairs import Item
@@ -120,7 +120,7 @@ def _read_v2(record: Record, where: str) -> Item:
     kind, _, k = item.id.partition(":")
     if kind not in ("ref", "tied") or not k:
         raise DataError("The id of a Ties prompt", where=where, got=repr(item.id), expected="ref:<k> or tied:<k>")
-    return Item(**(vars(item) | {"cluster": k}))
+    return replace(item, cluster=k)
 
 
 def _read_rm(record: Record, where: str) -> Item:
@@ -148,7 +148,8 @@ def _read_rmb(record: Record, where: str) -> Item:
     if not all(isinstance(answer, str) for answer in answers) or len(answers) < 2:
         expected = "{llm_name, answer}, and at least one loser"
         raise DataError("An answer cannot be read", where=where, got=repr(record[worse])[:100], expected=expected)
-    return _item("rmb", path, record[name], prompt, answers[:1], answers[1:])
+    texts = list(map(str, answers))
+    return _item("rmb", path, record[name], prompt, texts[:1], texts[1:])
 
 
 def _labelled(label: Any) -> tuple[tuple[float, float], dict[str, str]]:

@@ -276,6 +276,14 @@ def read_verdicts(path: str | Path, text: bool = False) -> Any:
     return table
 
 
+def judge_of(path: str | Path) -> str:
+    """The judge's name in the header of a verdict file, else the file's own name."""
+    import pyarrow.parquet as parquet
+
+    named = (parquet.read_schema(path).metadata or {}).get(b"judge", b"").decode("utf-8", "replace")
+    return named or Path(path).stem
+
+
 def schema_of(columns: Sequence[str]) -> Any:
     import pyarrow as pa
 

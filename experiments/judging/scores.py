@@ -13,7 +13,6 @@ the mean over both orders where both were asked. Chance levels differ: RewardBen
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -73,11 +72,11 @@ def numbers(benchmark: str, groups: Mapping[str, int]) -> dict[str, Weights]:
 
 
 def _mean_of(parts: Sequence[Weights]) -> Weights:
-    total: Counter = Counter()
+    total: dict[str, float] = {}
     for part in parts:
         for name, weight in part.items():
-            total[name] += weight / len(parts)
-    return dict(total)
+            total[name] = total.get(name, 0.0) + weight / len(parts)
+    return total
 
 
 def _micro(groups: Mapping[str, int]) -> Weights:
