@@ -28,7 +28,7 @@ def judge(
           benchmark=rm_bench benchmark.path=rm_bench.jsonl.gz
       assay judge judge=reward_model judge.by.model=my/reward-model benchmark=rmb benchmark.path=RMB_dataset
       assay judge judge.step=filter benchmark=pairs benchmark.path=pairs.jsonl engine=openai engine.url=URL
-      assay train objective=sft task=chat_rows task.path=.../generator_sft.jsonl model=hf model.path=Qwen/Qwen3-8B
+      assay train objective=sft task=judge_rows task.path=.../generator_sft.jsonl model=hf model.path=Qwen/Qwen3-8B
       assay judge judge=cdrrm_generator judge.by.generator=RUN benchmark=rewardbench
       assay judge experiment=judge_controls
 

@@ -21,10 +21,12 @@ class Asker:
         self.counts: Counter[str] = Counter()
         self.progress: Progress = lambda count: None
 
-    def ask(self, prompts: Sequence[list[dict[str, str]]]) -> list[Result]:
-        """One greedy answer per prompt, in their order."""
+    def ask(self, prompts: Sequence[list[dict[str, str]]], begun: str = "") -> list[Result]:
+        """One greedy answer per prompt, in their order; each goes on from the words `begun`."""
+        more = [{"role": "assistant", "content": begun}] if begun else []
         asked = [
-            Request(messages=messages, max_tokens=self.max_tokens, temperature=0.0, seed=SEED) for messages in prompts
+            Request(messages=[*messages, *more], max_tokens=self.max_tokens, temperature=0.0, seed=SEED)
+            for messages in prompts
         ]
         results = [answers[0] for answers in self.engine.generate(asked, self.progress)]
         for result in results:

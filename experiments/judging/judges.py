@@ -16,10 +16,15 @@ from methods.cdrrm.rubric import Rubric
 from methods.errors import ConfigError, check_range
 
 
+LETTER = 4  # tokens of an answer that has begun with the verdict line
+VERDICT = "Final Judgment\nWinner: Response"
+
+
 class Direct:
     """Which response is better, asked without a rubric.
 
-    max_tokens: longest judgment. Degenerate: an answer without a readable last line is UNPARSABLE, as is a request
+    max_tokens: longest judgment. analysis: let the model reason first; false begins its answer with the verdict line,
+    so that it writes the letter only (for models too small to keep to a form). Degenerate: an answer without a readable last line is UNPARSABLE, as is a request
     that failed; both are counted in `counts`.
     """
 
@@ -28,9 +33,10 @@ class Direct:
     needs = "engine"
     calls = 1  # per question, for the progress bar
 
-    def __init__(self, engine: Engine, max_tokens: int = 8192) -> None:
+    def __init__(self, engine: Engine, max_tokens: int = 8192, analysis: bool = True) -> None:
         check_range("judge.by.max_tokens", max_tokens, 1)
-        self.asker = Asker(engine, max_tokens)
+        self.asker = Asker(engine, max_tokens if analysis else LETTER)
+        self.begun = "" if analysis else VERDICT
 
     @property
     def counts(self) -> Counter[str]:
@@ -49,11 +55,17 @@ class Direct:
             prompts.judging(question.item.prompt, *question.responses, rubric)
             for question, rubric in zip(questions, given, strict=True)
         ]
-        for question, result in zip(questions, self.asker.ask(asked), strict=True):
-            slot = None if result.finish == "error" else winner(result.text)
+        for question, result in zip(questions, self.asker.ask(asked, self.begun), strict=True):
+            text = result.text if result.finish == "error" or not self.begun else self.begun + first_word(result.text)
+            slot = None if result.finish == "error" else winner(text)
             if slot is None and result.finish != "error":
-                self.counts["verdict: no winner"] += 1
-            yield Verdict(question, UNPARSABLE if slot is None else slot, result.text)
+                self.asker.counts["verdict: no winner"] += 1
+            yield Verdict(question, UNPARSABLE if slot is None else slot, text)
+
+
+def first_word(text: str) -> str:
+    """What a begun verdict line goes on with: its first word, behind one space."""
+    return " " + (text.split() or [""])[0]
 
 
 class ByRubric(Direct):
@@ -75,8 +87,9 @@ class ByRubric(Direct):
         generator: Engine | None = None,
         max_tokens: int = 8192,
         rubric_tokens: int = 4096,
+        analysis: bool = True,
     ) -> None:
-        super().__init__(engine, max_tokens)
+        super().__init__(engine, max_tokens, analysis)
         check_range("judge.by.rubric_tokens", rubric_tokens, 1)
         if writer not in ("contrast", "one_step"):
             raise ConfigError(

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 LEVELS = np.array(["normal", "hard", "easy"])
 
 
-def record(cfg: DictConfig, file: Path, writer: Any) -> dict[str, float]:
-    """Write eval.parquet from the verdicts in `file`; the run's figures."""
+def record(cfg: DictConfig, file: Path, writer: Any, benchmark: Any) -> dict[str, float]:
+    """Write eval.parquet from the verdicts in `file`, and with judge.step=bench table.md and figures; the figures."""
+    from experiments.judging.table import report
     from experiments.scoring import summarise
 
     verdicts = arrays(read_verdicts(file), str(file))
+    if cfg.judge.step == "bench":
+        left_out = getattr(benchmark, "left_out", {})
+        report([file], file.parent, official=bool(getattr(benchmark, "official", False)), left_out=left_out)
     frame = pair_rows(verdicts)
     values: dict[str, float] = {"verdicts": float(verdicts.count)}
     if len(frame):

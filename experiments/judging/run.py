@@ -64,7 +64,7 @@ def check(cfg: DictConfig) -> None:
             where=f"judge.step={cfg.judge.step}",
             fix="choose judge=cdrrm, or judge.step=bench",
         )
-    if cfg.judge.step in ("profile", "synthesise", "filter") and make.keywords.get("writer") != "contrast":
+    if cfg.judge.step in OF_RUBRICS and make.keywords.get("writer") != "contrast":
         raise ConfigError(
             "Profiles are contrasted by judge=cdrrm only", where="judge.by.writer", got=make.keywords.get("writer")
         )
@@ -116,7 +116,8 @@ def shown(cfg: DictConfig) -> str:
     if (path / "table.md").is_file():
         return (path / "table.md").read_text(encoding="utf-8")
     metrics = (load_run(path).summary or {}).get("metrics") or {}
-    return "\n".join(f"{key:<40} {value:>10.4g}" for key, value in metrics.items() if "." not in key)
+    known = {key: value for key, value in metrics.items() if value is not None and "." not in key}
+    return "\n".join(f"{key:<50} {value:>10.4g}" for key, value in known.items())
 
 
 # ---------------------------------------------------------------- the work
@@ -168,7 +169,7 @@ def _verdicts(cfg: DictConfig, judge: Any, benchmark: Any, writer: Any) -> dict[
             watch(progress)
         write_verdicts(file, in_order(judge, asked(), None if watch else progress),
                        {"judge": judge.name, "seed": str(cfg.seed)})  # fmt: skip
-    return outcome.record(cfg, file, writer)
+    return outcome.record(cfg, file, writer, benchmark)
 
 
 def in_order(judge: Any, asked: Iterator[Question], progress: Any = None) -> Iterator[Verdict]:
