@@ -10,6 +10,7 @@ from typing import Any
 from methods.errors import ConfigError, nearest
 
 SMOKE_KEYS = ("seeds", "overrides", "arms")
+COMMANDS = ("train", "eval", "judge")
 SIGNS = ("lower", "higher", "equal")
 FROM_ARM = "model.init=arm:"  # an arm that starts from what another arm has trained, with the same seed
 
@@ -114,8 +115,8 @@ def read(path: Path) -> Experiment:
 
 def _check(spec: Experiment) -> None:
     where = str(spec.path)
-    if spec.command not in ("train", "eval"):
-        raise ConfigError("command is train or eval", where=where, got=spec.command)
+    if spec.command not in COMMANDS:
+        raise ConfigError("command is another", where=where, got=spec.command, expected=" or ".join(COMMANDS))
     if not spec.seeds or any(not isinstance(s, int) for s in spec.seeds) or len(set(spec.seeds)) < len(spec.seeds):
         raise ConfigError("seeds is a list of different integers", where=where, got=spec.seeds)
     for key in spec.smoke:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 TARGET = "experiments.run:run"
 # Words that steer launching; they are no keys of the configuration.
 WORDS = ("experiment", "arms", "seeds", "smoke", "report", "jobs")
+# Groups whose choices name an experiment that has no name.
+NAMING = {"judge": ("benchmark", "judge")}
 # Keys that do not make a run another run.
 BOOKKEEPING = re.compile(
     r"(seed|name|jobs|results_dir|overwrite|debug|record(\..*)?|trainer\.(save|keep)_\w+|eval\.progress|hydra[./].*)$"
@@ -187,15 +189,15 @@ def _keep_experiment(plan: Plan) -> None:
     write(file, yaml.safe_dump(plan.spec.variant(plan.smoke), sort_keys=False).encode())
 
 
-def arm_name(words: Sequence[str], *, named: bool = False) -> str:
+def arm_name(words: Sequence[str], naming: Sequence[str] = ("task", "model")) -> str:
     """The arm of a run that belongs to no experiment: its overrides in a form that is safe in a path.
 
-    `task=` and `model=` name the experiment already, unless the user named it. No override at all: `default`.
+    The groups in `naming` name the experiment already (none do if the user named it). No override at all: `default`.
     """
     parts = []
     for word in sorted(words):
         key, _, value = word.partition("=")
-        if BOOKKEEPING.match(key.lstrip("+~")) or (key in ("task", "model") and not named):
+        if BOOKKEEPING.match(key.lstrip("+~")) or key in naming:
             continue
         parts.append(f"{key}={_slug(value)}")
     text = ",".join(parts) or "default"
@@ -342,8 +344,9 @@ def _job(
         raise
     cfg, earlier = composed.cfg, None
     with open_dict(cfg):
-        cfg.arm = arm or arm_name(words, named=name is not None)
-        cfg.experiment = name or "-".join(_slug(composed.choices.get(g, "none")) for g in ("task", "model"))
+        naming = NAMING.get(config_name, ("task", "model"))
+        cfg.arm = arm or arm_name(words, () if name is not None else naming)
+        cfg.experiment = name or "-".join(_slug(composed.choices.get(g, "none")) for g in naming)
         init = str((cfg.get("model") or {}).get("init"))
         if init.startswith("arm:"):
             if spec is None:

@@ -35,7 +35,7 @@ def run(cfg: DictConfig, *, to_request: ToRequest | None = None, metrics: Metric
     from experiments.recording import make_room, only_writer, open_record, run_folder
 
     path = run_folder(cfg)
-    if _is_done(path, cfg):
+    if is_done(path, cfg):
         print(f"{path}: finished earlier, skipped", file=sys.stderr)
         return path
     check(cfg)
@@ -43,7 +43,7 @@ def run(cfg: DictConfig, *, to_request: ToRequest | None = None, metrics: Metric
         make_room(path, cfg)
         writer = open_record(path, cfg, "eval", samples_per_step=200)
         try:
-            with _sigterm_interrupts():
+            with sigterm_interrupts():
                 values, cost = _measure(cfg, writer, to_request, metrics)
         except BaseException as error:
             writer.fail("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
@@ -201,7 +201,7 @@ def _tasks(cfg: DictConfig) -> dict[str, Task]:
     return tasks
 
 
-def _is_done(path: Path, cfg: DictConfig) -> bool:
+def is_done(path: Path, cfg: DictConfig) -> bool:
     from experiments.recording import already_done
 
     return already_done(path, cfg) and not _newer_weights(cfg, path / "summary.json")
@@ -218,7 +218,7 @@ def _newer_weights(cfg: DictConfig, summary: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, as SIGINT does, so that the record says what happened."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -163,6 +163,41 @@ def cluster_bootstrap(
     ]
 
 
+def clustered(
+    value_N: Array, group_N: Array, cluster_N: Array, coefficient_MG: Array, level: float = LEVEL
+) -> list[Interval]:
+    """Student's t intervals for M weighted sums of group means, value_N not independent within a cluster.
+
+    estimate_m = sum_g c_mg mean_g;  SE_m^2 = C/(C-1) sum_k (sum_{i in k} c_mg(i) (x_i - mean_g(i)) / n_g(i))^2, k
+    over the C clusters with a value in a group of m, C-1 degrees of freedom. For one group this is the usual clustered
+    standard error of a mean. group_N holds 0..G-1; a group without values makes its sums NaN; one cluster: no interval.
+    """
+    from scipy import special
+
+    x, g, c = np.asarray(value_N, float), np.asarray(group_N), np.asarray(coefficient_MG, float)
+    _, k = np.unique(np.asarray(cluster_N), return_inverse=True)
+    groups, clusters = c.shape[1], int(k.max()) + 1 if len(k) else 0
+    size = np.bincount(g, minlength=groups)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.bincount(g, weights=x, minlength=groups) / size
+    used = c != 0
+    estimate = np.where(used, c * mean, 0.0).sum(axis=1)
+    cells = k * groups + g
+    residual = np.bincount(cells, weights=(x - mean[g]) / size[g], minlength=clusters * groups).reshape(-1, groups)
+    present = (np.bincount(cells, minlength=clusters * groups).reshape(-1, groups) > 0).astype(float)
+    count = ((present @ used.T.astype(float)) > 0).sum(axis=0)
+    squares = ((residual @ c.T) ** 2).sum(axis=0)
+    squares[squares < 1e-24] = 0.0  # rounding, where all values of a group are equal
+    found = []
+    for m, n, square in zip(estimate, count, squares, strict=True):
+        if n < 2 or math.isnan(m):
+            found.append(Interval(float(m), math.nan, math.nan, items=int(n)))
+            continue
+        half = special.stdtrit(n - 1, 0.5 + level / 2) * math.sqrt(n / (n - 1) * square)
+        found.append(Interval(float(m), float(m - half), float(m + half), items=int(n), basis="items"))
+    return found
+
+
 def _counts(rng: np.random.Generator, draws: int, n: int) -> np.ndarray:
     """How often each of n units is drawn in each of `draws` resamples: (draws, n), rows sum to n."""
     picked = rng.integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]

@@ -213,14 +213,18 @@ def missing_column(column: str, found: Sequence[str], source: str, key: str) -> 
 
 
 def read_file(path: Path) -> list[dict]:
-    """All records of one file. Raises DataError naming the file, and the line where there is one."""
-    name = path.name
-    if not name.endswith(SUFFIXES):
+    """All records of one file, see `stream_file`."""
+    return list(stream_file(path))
+
+
+def stream_file(path: Path) -> Iterator[dict]:
+    """The records of one file, one after the other. Raises DataError naming the file, and the line if there is one."""
+    if not path.name.endswith(SUFFIXES):
         raise DataError("Unknown kind of data file", where=str(path), expected="*" + ", *".join(SUFFIXES))
     readers: dict[str, Callable[[Path], Iterator[dict]]] = {".parquet": _parquet, ".csv": _csv}
     reader = readers.get(path.suffix, _jsonl)
     try:
-        return list(reader(path))
+        yield from reader(path)
     except DataError:
         raise
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, ValueError) as error:
@@ -232,7 +236,7 @@ def _parquet(path: Path) -> Iterator[dict]:
 
     if path.stat().st_size == 0:
         return
-    for batch in parquet.ParquetFile(path).iter_batches():
+    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
         yield from batch.to_pylist()
 
 

@@ -1,0 +1,1 @@
+"""Judges and the benchmarks that measure them: items, questions, verdicts, scores, figures."""

@@ -1,0 +1,188 @@
+"""The job behind `assay judge`: profiles, rubrics, the filter, verdicts and benchmark scores, with a record."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.engines.build import build_engine, engine_factory, instantiate
+from experiments.engines.progress import progress_bar
+from experiments.evaluate import is_done, sigterm_interrupts
+from experiments.judging.pairs import Question, Verdict, questions, write_verdicts
+from methods.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+STEPS = ("profile", "synthesise", "filter", "judge", "bench")
+OF_RUBRICS = STEPS[:3]
+WINDOW = 2048
+"""Questions held at once: the memory of a run does not grow with the benchmark."""
+
+
+def run(cfg: DictConfig) -> Path:
+    """Do the step that `cfg` (conf/judge.yaml) names and return the run folder.
+
+    A finished record of the same configuration is returned at once. An interrupted run goes on where it was, because
+    every answer is in the cache. Raises RecordError for a record of another configuration in its place, RunError if
+    no answer could be had, KeyboardInterrupt on SIGINT and SIGTERM.
+    """
+    from experiments.recording import make_room, only_writer, open_record, run_folder
+
+    path = run_folder(cfg)
+    if is_done(path, cfg):
+        print(f"{path}: finished earlier, skipped", file=sys.stderr)
+        return path
+    check(cfg)
+    with only_writer(path):
+        make_room(path, cfg)
+        writer = open_record(path, cfg, "judge")
+        try:
+            with sigterm_interrupts():
+                values, cost = _work(cfg, writer)
+        except BaseException as error:
+            writer.fail("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
+            raise
+        writer.finish(values, cost)
+    return path
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises ConfigError for what cannot be run, without loading a model or asking an endpoint."""
+    for key, known in (("step", STEPS), ("orders", ("both", "seeded"))):
+        if cfg.judge[key] not in known:
+            raise ConfigError("Unknown value", where=f"judge.{key}", got=cfg.judge[key], expected=", ".join(known))
+    make = _factory(cfg)
+    if cfg.judge.step in OF_RUBRICS and not hasattr(make.func, "rubrics"):
+        raise ConfigError(
+            f"The step {cfg.judge.step} makes rubrics, and this judge has none",
+            where=f"judge.step={cfg.judge.step}",
+            fix="choose judge=cdrrm, or judge.step=bench",
+        )
+    if cfg.judge.step in OF_RUBRICS and make.keywords.get("writer") != "contrast":
+        raise ConfigError(
+            "Profiles are contrasted by judge=cdrrm only", where="judge.by.writer", got=make.keywords.get("writer")
+        )
+    instantiate(cfg.benchmark)
+    if getattr(make.func, "needs", "") == "engine":
+        asks = engine_factory(cfg)
+        if asks.func.needs == "nothing":
+            asks()
+        elif asks.func.needs == "folder":
+            asks(model=cfg.engine.model or "known later")
+
+
+def _factory(cfg: DictConfig) -> Any:
+    return instantiate(cfg.judge.by, _partial_=True)
+
+
+def build_judge(cfg: DictConfig, stack: contextlib.ExitStack) -> Any:
+    """The judge of `cfg.judge.by`, with the engines that it asks; `stack` closes them."""
+    from experiments.tasks.base import Task
+
+    make = _factory(cfg)
+    if getattr(make.func, "needs", "") != "engine":
+        return make()
+    engine = stack.enter_context(build_engine(cfg, Task(name="judge")))
+    if not make.keywords.get("generator"):
+        return make(engine=engine)
+    return make(engine=engine, generator=stack.enter_context(_generator(cfg)))
+
+
+def _generator(cfg: DictConfig) -> Any:
+    """An engine on the weights of the trained rubric generator, cached as any other."""
+    from omegaconf import OmegaConf
+
+    from experiments.tasks.base import Task
+
+    node = {"_target_": "experiments.models.HF", "path": None, "init": cfg.judge.by.generator}
+    engine = {"_target_": "experiments.engines.transformers.TransformersEngine", "batch_size": 64, "device": None}
+    theirs = OmegaConf.merge(cfg, {})
+    theirs.model, theirs.engine = OmegaConf.create(node), OmegaConf.create(engine)
+    return build_engine(theirs, Task(name="generator"))  # type: ignore[arg-type]
+
+
+def shown(cfg: DictConfig) -> str:
+    """What a finished run says: its table where it scored a benchmark, else its figures."""
+    from experiments.recording import run_folder
+    from experiments.records import load_run
+
+    path = run_folder(cfg)
+    if (path / "table.md").is_file():
+        return (path / "table.md").read_text(encoding="utf-8")
+    metrics = (load_run(path).summary or {}).get("metrics") or {}
+    known = {key: value for key, value in metrics.items() if value is not None and "." not in key}
+    return "\n".join(f"{key:<50} {value:>10.4g}" for key, value in known.items())
+
+
+# ---------------------------------------------------------------- the work
+
+
+def _work(cfg: DictConfig, writer: Any) -> tuple[dict[str, float], dict[str, float]]:
+    from experiments.judging import steps
+
+    began = time.monotonic()
+    benchmark = instantiate(cfg.benchmark)
+    with contextlib.ExitStack() as stack:
+        judge = build_judge(cfg, stack)
+        if cfg.judge.step in OF_RUBRICS:
+            values = steps.run(cfg, judge, benchmark, writer.path)
+        else:
+            values = _verdicts(cfg, judge, benchmark, writer)
+        cost = engine_cost(judge)
+    for reason, count in judge.counts.most_common() if hasattr(judge, "counts") else ():
+        print(f"{reason}: {count}", file=sys.stderr)
+        values[f"count/{reason}"] = float(count)
+    if 0 < cost.get("requests", 0) == cost.get("errors", 0) and not cost.get("cached"):
+        raise RunError("No answer could be had", got="; ".join(judge.counts) or "errors only",
+                       fix="see the reasons above; the same command then asks again")  # fmt: skip
+    return values, {**cost, "seconds": time.monotonic() - began}
+
+
+def engine_cost(judge: Any) -> dict[str, float]:
+    """What was asked of all engines of a judge, summed."""
+    engines = {id(e): e for e in (getattr(a, "engine", None) for a in (judge, *vars(judge).values())) if e is not None}
+    total: dict[str, float] = {}
+    for engine in engines.values():
+        for key, value in engine.cost().items():
+            total[key] = total.get(key, 0) + value
+    return total
+
+
+def _verdicts(cfg: DictConfig, judge: Any, benchmark: Any, writer: Any) -> dict[str, float]:
+    from experiments.judging import outcome
+
+    def asked() -> Iterator[Question]:
+        return questions(benchmark.stream(), int(cfg.seed), judge.form, cfg.judge.orders)
+
+    file = writer.path / "verdicts.parquet"
+    total = sum(1 for _ in asked())
+    calls = getattr(judge, "calls", 1)
+    with progress_bar(f"{benchmark.name} by {judge.name}", total * calls, unit="calls") as progress:
+        watch = getattr(judge, "watch", None)
+        if watch is not None:
+            watch(progress)
+        write_verdicts(file, in_order(judge, asked(), None if watch else progress),
+                       {"judge": judge.name, "seed": str(cfg.seed)})  # fmt: skip
+    return outcome.record(cfg, file, writer, benchmark)
+
+
+def in_order(judge: Any, asked: Iterator[Question], progress: Any = None) -> Iterator[Verdict]:
+    """The verdicts in the order of their questions, a window at a time, whatever the order in which they came.
+
+    Raises RunError where a judge leaves a question out.
+    """
+    while window := list(itertools.islice(asked, WINDOW)):
+        found = {}
+        for verdict in judge.judge(window):
+            found[verdict.question.key] = verdict
+            if progress:
+                progress(1)
+        if len(found) < len(window):
+            raise RunError("The judge left questions out", where=judge.name, got=f"{len(found)} of {len(window)}")
+        yield from (found[question.key] for question in window)
