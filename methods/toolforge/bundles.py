@@ -61,26 +61,32 @@ def bundles_of(
 
 
 def retrieve(
-    item: Item, shape: Shape, rounds: Rounds, search: Search, rng: random.Random, gate: DualGate | None = None
+    item: Item,
+    shape: Shape,
+    rounds: Rounds,
+    search: Search,
+    rng: random.Random,
+    gate: DualGate | None = None,
+    hits: tuple[tuple[int, int], tuple[int, int]] = (FEW, MANY),
 ) -> tuple[list[list[Passage]], list[list[Passage]]]:
-    """Hits and gold passages of each round, pooled over its calls, best first. k is drawn from 5..10, or 15..30 for
-    the round with a ladder. `gate` keeps a hit that is near in meaning to the gold passages of its round and no copy
+    """Hits and gold passages of each round, pooled over its calls, best first. k is drawn from `hits[0]`, or `hits[1]`
+    for the round with a ladder. `gate` keeps a hit that is near in meaning to the gold passages of its round and no copy
     of them in wording. D2 finds the gold passages of both hops in its one round."""
-    hits, gold = [], []
+    pooled, gold = [], []
     for number, calls in enumerate(rounds[: shape.rounds], start=1):
         served = calls if shape.rounds == len(rounds) else [call for level in rounds for call in level]
         support = merged([item.gold[i] for call in served for i in call.passages])
         ladder = any(step.kind == "x" and step.round == number for step in shape.steps)
         ranked = []
         for call in calls:
-            k = rng.randint(*(MANY if ladder else FEW))
+            k = rng.randint(*hits[ladder])
             near = [hit for hit in search(call.query, k + SPARE) if passes(hit, support, gate)]
             ranked.append(near[:k])
         # In turns, so that the thirds of a ladder hold the best, middle and worst of every call.
         depth = max(map(len, ranked), default=0)
-        hits.append(merged([part[i] for i in range(depth) for part in ranked if i < len(part)]))
+        pooled.append(merged([part[i] for i in range(depth) for part in ranked if i < len(part)]))
         gold.append(support)
-    return hits, gold
+    return pooled, gold
 
 
 def passes(hit: Passage, support: Sequence[Passage], gate: DualGate | None) -> bool:

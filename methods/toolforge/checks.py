@@ -25,9 +25,9 @@ _CALLING = re.compile(_THINK + r"<tool_call>(?:(?!</?(?:think|tool_call|answer)>
 _FINAL = re.compile(_THINK + r"<answer>(?:(?!</?(?:think|tool_call|answer)>).)+</answer>\s*", re.DOTALL)
 
 
-def check(record: Record, *, release: bool = False) -> dict[str, int]:
-    """The nine scores by name, in order."""
-    return {name: _safely(rule, record, release) for name, rule in zip(NAMES, _RULES, strict=True)}
+def check(record: Record, *, release: bool = False, shape: Shape | None = None) -> dict[str, int]:
+    """The nine scores by name, in order. `shape` None: the one of the 29 that the record names."""
+    return {name: _safely(rule, record, shape, release) for name, rule in zip(NAMES, _RULES, strict=True)}
 
 
 def digits(scores: dict[str, int]) -> str:
@@ -35,9 +35,9 @@ def digits(scores: dict[str, int]) -> str:
     return "".join(str(scores[name]) for name in NAMES)
 
 
-def _safely(rule: Callable[[Record, Shape, bool], bool], record: Record, release: bool) -> int:
+def _safely(rule: Callable[[Record, Shape, bool], bool], record: Record, shape: Shape | None, release: bool) -> int:
     try:
-        return int(rule(record, SHAPES[record[0]["case"]], release))
+        return int(rule(record, shape or SHAPES[record[0]["case"]], release))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return 0
 

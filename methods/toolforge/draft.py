@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from methods.toolforge.bundles import Search, bundles_of, retrieve
+from methods.toolforge.bundles import FEW, MANY, Search, bundles_of, retrieve
 from methods.toolforge.gate import DualGate
 from methods.toolforge.items import Item, Passage, Skip
 from methods.toolforge.labels import Call, Label, Rounds
@@ -76,13 +76,14 @@ def draft(
     search: Search,
     gate: DualGate | None = None,
     language: str = "en",
+    hits: tuple[tuple[int, int], tuple[int, int]] = (FEW, MANY),
 ) -> Draft:
     """The draft of one dialogue. Raises Skip where shape and plan do not fit or there are too few distractors."""
     fits(shape, rounds)
     if any("tool" in step.mistake for step in shape.steps) and not offer.wrong:
         raise Skip("label", "no tool is left to be the wrong one")
-    hits, gold = retrieve(item, shape, rounds, search, rng, gate)
-    bundles = bundles_of(shape, hits, gold, rng)
+    found, gold = retrieve(item, shape, rounds, search, rng, gate, hits)
+    bundles = bundles_of(shape, found, gold, rng)
     return Draft(item, label, shape, rounds, offer, bundles, gold, language)
 
 

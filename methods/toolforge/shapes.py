@@ -104,6 +104,11 @@ def _step(text: str) -> Step:
     return Step(place[0], int(place[1:]), mistake)
 
 
+def make_shape(name: str, steps: str, policy: str, window: Window | None = None) -> Shape:
+    """A shape from steps as in the table, such as "b1:tool g1"."""
+    return Shape(name, tuple(map(_step, steps.split())), policy, window)
+
+
 def _order(name: str) -> tuple[str, int]:
     return name[0], int(name[1:])
 
@@ -112,7 +117,7 @@ SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in sorted(
         (
-            Shape(name, tuple(map(_step, steps.split())), policy, window)
+            make_shape(name, steps, policy, window)
             for names, steps, policy, window in _TABLE
             for name in names.split()
         ),

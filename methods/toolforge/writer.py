@@ -185,9 +185,14 @@ def _topics(draft: Draft, step: Step) -> str:
 
 
 def _fact(draft: Draft, step: Step) -> str:
-    """What the gold passages of a step's round say, in a few words."""
-    passage = draft.gold[step.round - 1][-1]
-    said = passage.content.split()
-    if len(said) > QUOTED:
-        return " ".join(said[:QUOTED]) + " ..."
-    return passage.content[: 8 * QUOTED] if len(said) > 1 else passage.content[: 2 * QUOTED]
+    """What the gold passages of a step's round say, in a few words: those around the answer where one has it."""
+    passages, answer = draft.gold[step.round - 1], draft.item.answer
+    passage = next((p for p in passages if answer in p.content), passages[-1])
+    if len(passage.content.split()) < QUOTED // 5:  # a language without blanks between words, or a very short text
+        at = max(passage.content.find(answer) - QUOTED, 0)
+        return passage.content[at : at + 4 * QUOTED]
+    before = len(passage.content[: max(passage.content.find(answer), 0)].split())
+    start = max(0, min(before - QUOTED // 2, len(passage.content.split()) - QUOTED))
+    said = passage.content.split()[start : start + QUOTED]
+    cut = start + QUOTED < len(passage.content.split())
+    return ("... " if start else "") + " ".join(said) + (" ..." if cut else "")
