@@ -41,7 +41,7 @@ def run(cfg: DictConfig) -> Path:
     """
     from experiments import synthesis_report as report
     from experiments.engines.progress import progress_bar
-    from experiments.recorder import StopSignals
+    from experiments.signals import StopSignals
     from experiments.synthesis_setup import job_key, open_output, set_up
 
     check(cfg)
@@ -54,17 +54,20 @@ def run(cfg: DictConfig) -> Path:
         print(f"{output.folder}: finished earlier, skipped", file=sys.stderr)
         return output.folder
     began = time.monotonic()
-    with StopSignals() as stop, set_up(cfg, output) as (recipe, session, cost):
+    with (
+        StopSignals("waiting for the answers under way, then stopping") as stop,
+        set_up(cfg, output) as (recipe, session, cost),
+    ):
         forge = Forge(recipe, session, cfg, output.state)
         try:
             with progress_bar("synthesis", total, unit="triples") as progress:
                 progress(output.state["position"])
                 _write_all(forge, sources, output, cfg, stop, progress, cost)
         except BaseException:
-            # What was answered meanwhile is paid for: let it reach the cache.
-            if session is not None:
+            # What was asked is paid for: let its answers reach the cache, unless the user will not wait.
+            if session is not None and not stop.insisted:
                 session.drain()
-            output.save(cost=cost())
+            output.note(cost=cost())
             raise
         finally:
             output.close()
@@ -85,9 +88,7 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError("There is no language of tools", where="languages", expected="en, zh or both")
     for stage, how in cfg.stages.items():
         if how not in ("auto", "template", "engine"):
-            raise ConfigError(
-                "Unknown writer", where=f"stages.{stage}", got=how, expected="auto, template or engine"
-            )
+            raise ConfigError("Unknown writer", where=f"stages.{stage}", got=how, expected="auto, template or engine")
         if how == "engine" and not cfg.get("engine"):
             raise ConfigError(
                 "There is no engine for this stage",
@@ -106,23 +107,20 @@ def _write_all(
     forge: Forge, sources: Sequence[Path], output: files.Output, cfg: DictConfig, stop: Any, progress: Any, cost: Any
 ) -> None:
     """Main pass over the triples, then the shapes that no triple got in its turn. KeyboardInterrupt after a signal."""
-    saved = time.monotonic()
-    rows = ((n, record) for n, record in files.triples(sources) if n >= output.state["position"])
+    saved, position = time.monotonic(), output.state["position"]
+    rows = ((n, record) for n, record in files.triples(sources) if n >= position)
     wanted = cfg.conversations or sys.maxsize
-    for job in forge.jobs(rows, lambda: stop.received is not None):
+    for job in forge.jobs(rows, lambda: stop.received is not None or forge.kept_total >= wanted):
         _emit(job, output, forge, wanted)
-        output.state["position"] = job.number + 1
+        position = job.number + 1
         progress(1)
-        if forge.kept_total >= wanted:
-            break
         if time.monotonic() - saved > SAVE_SECONDS:
-            output.save(**forge.state(), cost=cost())
+            output.save(**forge.state(), position=position, cost=cost())
             saved = time.monotonic()
-    if stop.received is None:
-        output.save(**forge.state(), cost=cost())
-        if forge.kept_total < wanted:
-            for job in forge.missing(sources, lambda: stop.received is not None):
-                _emit(job, output, forge, wanted)
+    output.save(**forge.state(), position=position, cost=cost())
+    if stop.received is None and forge.kept_total < wanted:
+        for job in forge.missing(sources, lambda: stop.received is not None):
+            _emit(job, output, forge, wanted)
     if stop.received is not None:
         raise KeyboardInterrupt(stop.received)
     for file in output.files.values():
@@ -330,5 +328,3 @@ def nothing_kept(reasons: dict[str, int]) -> RunError:
         expected="triples with question, answer and golden context",
         fix=f"look into {files.REJECTED} in the output folder",
     )
-
-

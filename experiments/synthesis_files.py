@@ -75,7 +75,9 @@ def triples(files: Sequence[Path]) -> Iterator[tuple[int, dict | str]]:
                 yield number, record
                 number += 1
         except (OSError, EOFError, ValueError, csv.Error) as error:
-            raise DataError("The data file breaks off", where=f"{file}, row {number + 1}", got=first_line(error)) from error
+            raise DataError(
+                "The data file breaks off", where=f"{file}, row {number + 1}", got=first_line(error)
+            ) from error
 
 
 def _open(file: Path) -> Any:
@@ -155,7 +157,12 @@ class Output:
             with os_errors(self.folder / name):
                 file.flush()
                 os.fsync(file.fileno())
-        self.state |= state | {"sizes": {name: file.tell() for name, file in self.files.items()}}
+        sizes = {name: file.tell() for name, file in self.files.items()}
+        self.note(**state, sizes=sizes)
+
+    def note(self, **state: Any) -> None:
+        """Changes the state, but not what of the files belongs to it."""
+        self.state |= json.loads(json.dumps(state))  # a copy: the caller goes on counting
         write_json(self.folder / STATE, self.state)
 
     def close(self) -> None:
@@ -203,5 +210,3 @@ def to_parquet(source: Path, target: Path) -> None:
             if batch:
                 writer.write_table(arrow.Table.from_pylist(batch, schema=schema))
         os.replace(tmp, target)
-
-

@@ -133,7 +133,8 @@ records, `rejected.jsonl` every rejected attempt with its reason, `tools.jsonl` 
 
 Assistant turns per conversation: {turns} (mean {found["mean_assistant_turns"]:.2f}). Entropy of the shapes, 1 = all 29
 alike: {found["case_entropy"]:.3f}. Words of the first {SAMPLE} conversations' turns: {words["words"]:.0f}, different:
-{words["vocabulary"]:.0f}, distinct-2: {words["distinct_2"]:.3f}; tools offered there: {found["tools_offered_in_sample"]}.
+{words["vocabulary"]:.0f}, distinct-2: {words["distinct_2"]:.3f}; tools offered there:
+{found["tools_offered_in_sample"]}.
 
 | shape | conversations | share |
 | --- | --- | --- |
@@ -174,10 +175,8 @@ def summary(folder: Path) -> str:
     if spent.get("requests") or spent.get("cached"):
         paid = f", {spent['usd']:.4f} US dollars" if "usd" in spent else ""
         lines.append(
-            f"engine          {spent.get('requests', 0):.0f} requests, {spent.get('cached', 0):.0f} answered by the cache,"
+            f"engine          {spent.get('requests', 0):.0f} requests, {spent.get('cached', 0):.0f} answered by cache,"
             f" {spent.get('errors', 0):.0f} errors, {spent.get('retries', 0):.0f} tries repeated,"
             f" {spent.get('prompt_tokens', 0):.0f} + {spent.get('completion_tokens', 0):.0f} tokens{paid}"
         )
     return "\n".join(lines)
-
-

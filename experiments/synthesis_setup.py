@@ -30,7 +30,17 @@ if TYPE_CHECKING:
 VERSION = 1  # raise it with any change that makes other conversations from the same settings
 # What does not change a single line of what is written.
 NO_MATTER = ("output", "overwrite", "cache", "window", "input")
-PATIENCE = ("concurrency", "timeout", "deadline", "attempts", "backoff", "prices", "batch_size", "device", "api_key_env")
+PATIENCE = (
+    "concurrency",
+    "timeout",
+    "deadline",
+    "attempts",
+    "backoff",
+    "prices",
+    "batch_size",
+    "device",
+    "api_key_env",
+)
 Cost = Callable[[], dict[str, float]]
 
 
@@ -214,5 +224,3 @@ def versions() -> dict[str, str]:
         return {"assay": metadata.version("assay")}
     except metadata.PackageNotFoundError:
         return {"assay": "unknown"}
-
-

@@ -2,7 +2,7 @@
 
 Each episode has its own facts and its own assignment of tools to relations, so that nothing can be memorised: what a
 tool is for stands in the prompt, and what is true only in results. Dialogues are made and checked by
-`methods.toolforge` itself; only the thoughts are single words, so that a tiny model can write them.
+`methods.toolforge` itself; only the thoughts have a few words, so that a tiny model can write them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,18 @@ OUTAGES = {
     "C_outage_1": make_shape("C_outage_1", "b1:insufficient g1:general g2", "extra"),
     "C_outage_2": make_shape("C_outage_2", "g1 b2:insufficient g2:general", "extra"),
 }
-THOUGHTS = {"": "need", "tool": "wrong tool", "arguments": "wrong query", "insufficient": "nothing found"}
+THOUGHTS = {
+    "": "need ",
+    "tool": "wrong tool for ",
+    "arguments": "wrong query for ",
+    "insufficient": "nothing found on ",
+}
 _PARAMETERS = (
     '", "parameters": {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}}\n'
 )
 SYMBOLS = (
     *ENTITIES, *RELATIONS, *SPECIALISTS, GENERAL, "any", " ", *THOUGHTS.values(), "found",
-    INSTRUCTIONS["en"] + '\n\n<tools>\n{"name": "', '", "description": "', _PARAMETERS + '{"name": "',
+    INSTRUCTIONS["en"] + '\n\n<tools>\n{"description": "', '", "name": "', _PARAMETERS + '{"description": "',
     _PARAMETERS + "</tools>", ASK["en"].format(""),
     "<think>", '</think>\n<tool_call>{"name": "', '", "arguments": {"query": "', '"}}</tool_call>',
     "</think>\n<answer>", "</answer>", "\n**1**\ntitle: ", "\ncontent: ",
@@ -52,13 +57,12 @@ SYMBOLS = (
 
 @dataclass
 class ToolWorld(Task):
-    """`e5 r1 r3`: what is r3 of the r1 of e5? The prompt lists five tools, one per relation and `g` for any; a call asks
-    for one fact, such as `e5 r1`. A result shows two facts that the query has words in common with, and if the tool
+    """`e5 r1 r3`: what is r3 of the r1 of e5? The prompt lists five tools, one per relation and `g` for any; a call
+    asks for one fact, such as `e5 r1`. A result shows two facts that the query has words in common with, and if the tool
     serves that relation and is not out of order, the fact itself.
 
-    shapes: those of the training dialogues, alike often unless named twice (of family A or C, as `hops` is 1 or 2; `none` is the
-    bare triple: the question and its answer, without a tool). warm_shapes:
-    of the dialogues that a tiny model is warm-started on, always of one hop. outages: chance that a specialist's call
+    shapes: those of the training dialogues, alike often unless named twice (of family A or C, as `hops` is 1 or 2;
+    `none` is the bare triple: the question and its answer, without a tool). warm_shapes: of the dialogues that a tiny model is warm-started on, always of one hop. outages: chance that a specialist's call
     is out of order, per tier of the evaluation. invented: chance that a result of a training dialogue shows the asked
     fact with another value (a writer that invents). checked: rules that a dialogue must pass; one that fails is left
     out, as in the pipeline.
@@ -108,7 +112,7 @@ class ToolWorld(Task):
 
     @property
     def tools(self) -> Tools:
-        return Tools(HERMES, max_calls=self.max_calls, max_turn_tokens=14, max_result_tokens=40)
+        return Tools(HERMES, max_calls=self.max_calls, max_turn_tokens=15, max_result_tokens=40)
 
     # ---- rows ----
     def rows(self, split: str, seed: int) -> list[Row]:
@@ -216,7 +220,9 @@ class Case:
         mapping = {name: by_name[name] for name in label.tools}
         wrong = tuple(by_name[name] for name in SPECIALISTS if name not in mapping)
         offer = Offer(self.schemas, mapping, by_name[GENERAL], wrong)
-        plan = draft(self.item, label, shape, rounds, offer, rng, self.search, hits=((HITS, HITS), (3 * HITS, 3 * HITS)))
+        plan = draft(
+            self.item, label, shape, rounds, offer, rng, self.search, hits=((HITS, HITS), (3 * HITS, 3 * HITS))
+        )
         shown = [shown_text(bundle) for bundle in plan.bundles]
         for i, step in enumerate(shape.steps):
             if rng.random() < task.invented:
@@ -235,7 +241,9 @@ class Case:
         entity, value = fact.content.split()
         other = f"{entity} {rng.choice([e for e in ENTITIES if e != value])}"
         if fact.content in shown:
-            return shown.replace(f"title: {fact.title}\ncontent: {fact.content}", f"title: {fact.title}\ncontent: {other}")
+            return shown.replace(
+                f"title: {fact.title}\ncontent: {fact.content}", f"title: {fact.title}\ncontent: {other}"
+            )
         head, _, _ = shown.partition("\n**2**")
         return f"{head}\n**2**\ntitle: {fact.title}\ncontent: {other}"
 
@@ -252,7 +260,11 @@ def _turns(plan: Draft, queries: list[str], rng: random.Random) -> list[str]:
             name = rng.choice(plan.offer.wrong)["name"]
         elif step.mistake == "arguments":
             query = f"{rng.choice([e for e in ENTITIES if e != call.topic])} {query.split()[1]}"
-        turns.append(turn_text({"think": THOUGHTS[before], "calls": [{"name": name, "arguments": {"query": query}}]}))
+        turns.append(
+            turn_text(
+                {"think": THOUGHTS[before] + query.split()[1], "calls": [{"name": name, "arguments": {"query": query}}]}
+            )
+        )
         before = "" if step.works else step.mistake
     return [*turns, turn_text({"think": "found", "answer": plan.item.answer})]
 
@@ -264,7 +276,8 @@ def _passage(key: str, facts: Mapping[str, str]) -> Passage:
 
 def _schema(name: str, serves: str) -> Schema:
     parameters = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
-    return {"name": name, "description": serves, "parameters": parameters}
+    # In this order a tiny model can look a tool up: what it serves, then its name, as in a call that follows a thought.
+    return {"description": serves, "name": name, "parameters": parameters}
 
 
 class Facts:

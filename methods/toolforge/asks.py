@@ -139,9 +139,9 @@ def plan(item: Item, label: Label, mapping: Mapping[str, Schema]) -> Ask:
     passages = {i: f"{p.title}: {p.content}" for i, p in enumerate(item.gold, start=1)}
     text = f"""\
 Plan the correct tool calls that answer a question, on the route {label.route} (case1: one round, one call; case2: one \
-round, several calls; case3: two rounds, one call each; case4: two rounds, several calls in one of them). Fill in every \
-required parameter. Give each passage to the call that must find it; every passage belongs to exactly one round. In the \
-first round use nothing that only its result can tell. {NOT_TAKEN}
+round, several calls; case3: two rounds, one call each; case4: two rounds, several calls in one of them). Fill in all \
+required parameters. Give each passage to the call that must find it; every passage belongs to exactly one round. In \
+the first round use nothing that only its result can tell. {NOT_TAKEN}
 
 Question and answer:
 {_quoted({"question": item.question, "answer": item.answer, "reasoning": label.reasoning})}
@@ -200,8 +200,8 @@ def write(draft: Draft) -> Ask:
     tongue = {"en": "English", "zh": "Chinese"}[draft.language]
     general = draft.offer.general and draft.offer.general["name"]
     text = f"""\
-Write the turns of an assistant that answers a question with search tools, in {tongue}, along the flow below. Each turn \
-thinks in fewer than 200 words, then calls or answers. A thought knows only what stands before it: no hint that a call \
+Write the turns of an assistant that answers a question with search tools, in {tongue}, along the flow below. Each \
+turn thinks in fewer than 200 words, then calls or answers. A thought knows only what stands before it: no hint that a call \
 is going to fail. {NOT_TAKEN}
 
 Question:

@@ -70,8 +70,8 @@ def retrieve(
     hits: tuple[tuple[int, int], tuple[int, int]] = (FEW, MANY),
 ) -> tuple[list[list[Passage]], list[list[Passage]]]:
     """Hits and gold passages of each round, pooled over its calls, best first. k is drawn from `hits[0]`, or `hits[1]`
-    for the round with a ladder. `gate` keeps a hit that is near in meaning to the gold passages of its round and no copy
-    of them in wording. D2 finds the gold passages of both hops in its one round."""
+    for the round with a ladder. `gate` keeps a hit that is near in meaning to the gold passages of its round and no
+    copy of them in wording. D2 finds the gold passages of both hops in its one round."""
     pooled, gold = [], []
     for number, calls in enumerate(rounds[: shape.rounds], start=1):
         served = calls if shape.rounds == len(rounds) else [call for level in rounds for call in level]

@@ -19,10 +19,10 @@ from methods.toolforge.shapes import SHAPES, Shape
 from methods.toolforge.text import folded
 
 NAMES = ("roles", "format", "not_empty", "answer", "passages", "retries", "references", "tools", "schema")
-_THINK = r"<think>(?:(?!</?(?:think|tool_call|answer)>).)+</think>\n"
-_CALLING = re.compile(_THINK + r"<tool_call>(?:(?!</?(?:think|tool_call|answer)>).)+</tool_call>"
-                      r"(?:\s*<tool_call>(?:(?!</?(?:think|tool_call|answer)>).)+</tool_call>)*\s*", re.DOTALL)  # fmt: skip
-_FINAL = re.compile(_THINK + r"<answer>(?:(?!</?(?:think|tool_call|answer)>).)+</answer>\s*", re.DOTALL)
+_INSIDE = r"(?:(?!</?(?:think|tool_call|answer)>).)+"  # text that opens or closes no block
+_THINK, _CALL = rf"<think>{_INSIDE}</think>\n", rf"<tool_call>{_INSIDE}</tool_call>"
+_CALLING = re.compile(rf"{_THINK}{_CALL}(?:\s*{_CALL})*\s*", re.DOTALL)
+_FINAL = re.compile(rf"{_THINK}<answer>{_INSIDE}</answer>\s*", re.DOTALL)
 
 
 def check(record: Record, *, release: bool = False, shape: Shape | None = None) -> dict[str, int]:

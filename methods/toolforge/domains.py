@@ -20,6 +20,7 @@ class Domain:
     keywords: tuple[str, ...]
     fields: dict[str, tuple[str, str]]
 
+
 _ROWS = """
 person_information_search
 stems: person people biography figure
@@ -155,7 +156,8 @@ lifestyle_service_search
 stems: lifestyle service daily leisure
 noun: everyday life and services / 日常生活与服务
 examples: food, shops, hotels / 餐饮、商店、酒店
-keywords: restaurant hotel shopping mall food recipe fashion clothing travel tourism cosmetics beer coffee 餐厅 酒店 购物
+keywords: restaurant hotel shopping mall food recipe fashion clothing travel tourism cosmetics beer
+keywords: coffee 餐厅 酒店 购物
 field service_type: kind of service / 服务类型
 field area: neighbourhood or city / 区域
 field preference: wish of the user / 偏好

@@ -20,10 +20,11 @@ from methods.toolforge.items import Item, Skip
 from methods.toolforge.text import folded, words
 from methods.toolforge.tools import Bank
 
-_STOP = set(
-    "a an and are as at be been both by did do does for from had has have he her his in is it its of on or she that the"
-    " their there they this to was were what when where which who whom whose will with how many much same than".split()
-)
+_STOP_WORDS = """
+a an and are as at be been both by did do does for from had has have he her his in is it its of on or she that the their
+there they this to was were what when where which who whom whose will with how many much same than
+"""
+_STOP = set(_STOP_WORDS.split())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from methods.errors import ConfigError
 from methods.toolforge import asks, judge, labels, writer

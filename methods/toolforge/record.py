@@ -1,7 +1,7 @@
 """Stage 3, the record: dialogue text, the list of seven parts, and reading both again.
 
-    [0] case, uuid   [1] messages   [2] rags, answer, reasoning, good_tool_mapping   [3] argument_check
-    [4] argument_all_reference   [5] argument_tool_bank   [6] the labelled source item
+[0] case, uuid   [1] messages   [2] rags, answer, reasoning, good_tool_mapping   [3] argument_check
+[4] argument_all_reference   [5] argument_tool_bank   [6] the labelled source item
 """
 
 from __future__ import annotations

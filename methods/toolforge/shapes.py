@@ -116,11 +116,7 @@ def _order(name: str) -> tuple[str, int]:
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in sorted(
-        (
-            make_shape(name, steps, policy, window)
-            for names, steps, policy, window in _TABLE
-            for name in names.split()
-        ),
+        (make_shape(name, steps, policy, window) for names, steps, policy, window in _TABLE for name in names.split()),
         key=lambda shape: _order(shape.name),
     )
 }

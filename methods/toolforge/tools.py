@@ -128,7 +128,9 @@ def schema_problem(schema: Any) -> str:
         return f"'{name}' does not require a query"
     if unknown := [key for key in required if key not in properties]:
         return f"'{name}' requires {unknown[0]!r}, which is none of its properties"
-    return f"'{name}' has {len(properties)} properties, more than {MOST_FIELDS}" if len(properties) > MOST_FIELDS else ""
+    return (
+        f"'{name}' has {len(properties)} properties, more than {MOST_FIELDS}" if len(properties) > MOST_FIELDS else ""
+    )
 
 
 def described(schema: Schema) -> str:

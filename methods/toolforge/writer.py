@@ -66,7 +66,8 @@ _SAY = {
             "{fact}第一部分已经清楚。接下来需要{topics}，调用{tools}。",
         ),
         "wrong_arguments": (
-            "这些段落讲的是{seen}，没有提到我需要的{topics}。工具没有选错，但{tools}的参数 query 写错了；我改正 query。",
+            "这些段落讲的是{seen}，没有提到我需要的{topics}。工具没有选错，但{tools}的参数 query 写错了，"
+            "我改正 query。",
         ),
         "wrong_tool": ("结果涉及{seen}，没有说到{topics}。{wrong}选错了；应当使用{tools}。",),
         "insufficient": ("工具{wrong}和查询都合适，但关于{seen}的段落仍未说明{topics}。因此改用{tools}。",),
@@ -174,7 +175,9 @@ def _thought(draft: Draft, i: int, calls: list[dict[str, Any]], turns: list[Turn
     if before.works:
         return rng.choice(say["next"]).format(fact=_fact(draft, before), **slots)
     kept = {call["name"] for call in calls}
-    wrong = [call["name"] for call in turns[i - 1]["calls"] if before.mistake == "insufficient" or call["name"] not in kept]
+    wrong = [
+        call["name"] for call in turns[i - 1]["calls"] if before.mistake == "insufficient" or call["name"] not in kept
+    ]
     seen = say["and"].join(titles(draft.bundles[i - 1]))
     slots |= {"seen": seen, "wrong": say["and"].join(dict.fromkeys(wrong))}
     return rng.choice(say[_REPAIR[before.mistake]]).format(**slots)
