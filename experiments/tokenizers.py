@@ -76,11 +76,12 @@ def encode(row: Any, loaded: LoadedModel) -> dict[str, list[int]]:
     """Token ids of one row and its labels (the id where a token is trained, else -100), both of one length.
 
     A row is a `Row` with a `demo`, or a mapping with one of: `messages` (optional `tools`; an assistant message
-    with `"train": false` is context only); `prompt` and `completion`; `prompt` and `segments`, a list of
-    [text, trained] in raw text, for a demonstration with tool output between the model's turns (a `Row` carries
-    it as `meta["segments"]`, or a whole dialogue as `meta["messages"]` and `meta["tools"]`); ready `input_ids` and
-    `labels`. A trained end of the text is followed by eos. A plain prompt becomes one user message for a chat model and stays raw otherwise. DataError for a row
-    without a demonstration, with symbols the tokenizer does not know, or whose template rewrites earlier turns.
+    with `"train": false` is context only); `prompt` and `completion`; `prompt` and `segments`, a list of [text,
+    trained] in raw text, for a demonstration with tool output between the model's turns (a `Row` carries it as
+    `meta["segments"]`, or a whole dialogue as `meta["messages"]` and `meta["tools"]`); ready `input_ids` and
+    `labels`. A trained end of the text is followed by eos. A plain prompt becomes one user message for a chat model
+    and stays raw otherwise. DataError for a row without a demonstration, with symbols the tokenizer does not know,
+    or whose template rewrites earlier turns.
     """
     row = row if isinstance(row, Mapping) else _from_row(row)
     if "input_ids" in row:

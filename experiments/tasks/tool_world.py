@@ -57,15 +57,17 @@ SYMBOLS = (
 
 @dataclass
 class ToolWorld(Task):
-    """`e5 r1 r3`: what is r3 of the r1 of e5? The prompt lists five tools, one per relation and `g` for any; a call
-    asks for one fact, such as `e5 r1`. A result shows two facts that the query has words in common with, and if the tool
+    """`e5 r1 r3`: what is r3 of the r1 of e5?
+
+    The prompt lists five tools, one per relation and `g` for any; a call asks
+    for one fact, such as `e5 r1`. A result shows two facts that the query has words in common with, and if the tool
     serves that relation and is not out of order, the fact itself.
 
     shapes: those of the training dialogues, alike often unless named twice (of family A or C, as `hops` is 1 or 2;
-    `none` is the bare triple: the question and its answer, without a tool). warm_shapes: of the dialogues that a tiny model is warm-started on, always of one hop. outages: chance that a specialist's call
-    is out of order, per tier of the evaluation. invented: chance that a result of a training dialogue shows the asked
-    fact with another value (a writer that invents). checked: rules that a dialogue must pass; one that fails is left
-    out, as in the pipeline.
+    `none` is the bare triple: the question and its answer, without a tool). warm_shapes: of the dialogues that a tiny
+    model is warm-started on, always of one hop. outages: chance that a specialist's call is out of order, per tier of
+    the evaluation. invented: chance that a result of a training dialogue shows the asked fact with another value (a
+    writer that invents). checked: rules that a dialogue must pass; one that fails is left out, as in the pipeline.
     """
 
     name: str = "tool_world"

@@ -201,8 +201,8 @@ def write(draft: Draft) -> Ask:
     general = draft.offer.general and draft.offer.general["name"]
     text = f"""\
 Write the turns of an assistant that answers a question with search tools, in {tongue}, along the flow below. Each \
-turn thinks in fewer than 200 words, then calls or answers. A thought knows only what stands before it: no hint that a call \
-is going to fail. {NOT_TAKEN}
+turn thinks in fewer than 200 words, then calls or answers. A thought knows only what stands before it: no hint that \
+a call is going to fail. {NOT_TAKEN}
 
 Question:
 {_quoted(draft.item.question)}

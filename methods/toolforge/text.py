@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 import re
 import unicodedata
@@ -66,15 +68,14 @@ def similarity(candidate: str, kept: Sequence[str]) -> list[float]:
     return [min(1.0, score / own) if own else 0.0 for score in scores]
 
 
-def lexical_vector(text: str, size: int = 256) -> list[float]:
+@functools.lru_cache(maxsize=4096)
+def lexical_vector(text: str, size: int = 256) -> tuple[float, ...]:
     """Counts of hashed character trigrams: a stand-in for an embedding where no model is given. It sees spelling, not
     meaning, so thresholds for it are not those of a sentence encoder."""
-    import hashlib
-
     padded, vector = f"  {' '.join(words(text))} ", [0.0] * size
     for gram in map("".join, zip(padded, padded[1:], padded[2:], strict=False)):
         vector[int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=4).digest(), "big") % size] += 1.0
-    return vector
+    return tuple(vector)
 
 
 def folded(text: str, ascii_only: bool = False) -> str:
