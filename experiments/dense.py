@@ -42,7 +42,7 @@ def vectors(passages: Sequence[Passage], content: str, path: str, key: str = "ta
     """The vectors of a corpus whose hash is `content`, made once per model. ConfigError if there is no such model."""
     import numpy as np
 
-    model, version = _model(path, key)
+    model, version = load_versioned(path, key)
 
     def build(folder: Path) -> None:
         texts = [f"{passage.title}\n{passage.text}" for passage in passages]
@@ -61,8 +61,13 @@ def _identity(path: str) -> list:
     return [str(folder.resolve()) if files else path, *map(list, stats)]
 
 
+def load(path: str, key: str) -> Any:
+    """The model of sentence-transformers at `path`. ConfigError if there is none."""
+    return load_versioned(path, key)[0]
+
+
 @functools.lru_cache(maxsize=2)
-def _model(path: str, key: str) -> tuple[Any, str]:
+def load_versioned(path: str, key: str) -> tuple[Any, str]:
     try:
         import sentence_transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:

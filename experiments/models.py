@@ -105,7 +105,9 @@ class Tiny:
             "model": shape,
             "symbols": task.symbols and list(task.symbols),
             "warm_start": warm and dataclasses.asdict(warm),
-            "rows": digest([[row.prompt, row.demo, row.meta.get("segments")] for row in rows]),
+            "rows": digest(
+                [[row.prompt, row.demo, row.meta.get("segments") or row.meta.get("messages")] for row in rows]
+            ),
             "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
         }
         return key, rows, warm

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,32 +12,8 @@ from transformers import TrainerCallback
 
 from experiments import checkpoints
 from experiments.records import RunWriter
+from experiments.signals import StopSignals
 from methods.errors import RunError
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class StopSignals:
-    """First SIGINT, SIGTERM or SIGUSR1: stop after a checkpoint; a second one: stop at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt(number)
-        self.received = number
-        print("stopping at the next generation boundary, with a checkpoint (again to stop at once)", file=sys.stderr)
 
 
 class AfterStep(TrainerCallback):

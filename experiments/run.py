@@ -166,7 +166,7 @@ def _record(path: Path, cfg: DictConfig) -> None:
 
 def _train(cfg: DictConfig, writer: RunWriter) -> None:
     from experiments.engines.build import instantiate
-    from experiments.recorder import StopSignals
+    from experiments.signals import StopSignals
 
     quiet()
     task = instantiate(cfg.task)

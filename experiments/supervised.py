@@ -40,7 +40,7 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
     from experiments.sft import train_sft
     from experiments.weights import load_weights
 
-    sft, rows = settings(cfg), demonstrated(rows)
+    sft, rows = settings(cfg), demonstrated(rows, cfg.objective.train_mistakes)
     measure = _measure(cfg, task, loaded, writer.path)
     with Progress(writer.path, f"one step = {sft.batch_size} demonstrations") as progress:
         recorder = Recorder(
@@ -70,17 +70,33 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
     running.finish(writer, loaded, loaded.model, recorder, {}, cost)
 
 
-def demonstrated(rows: list) -> list:
-    """One row per demonstration; rows without one are left out, unless no row has any (then encoding says so)."""
+def demonstrated(rows: list, train_mistakes: bool = True) -> list:
+    """One row per demonstration; rows without one are left out, unless no row has any (then encoding says so).
+
+    A row with a whole dialogue in `meta["messages"]` may name messages with planted mistakes in `meta["mistakes"]`;
+    with `train_mistakes` false these are context only.
+    """
     from dataclasses import replace
 
     from methods.demonstrations import demonstrations
 
     found = []
     for row in rows:
-        written = "segments" in row.meta
-        found += [row] if written else [replace(row, demo=text) for text in demonstrations(row)]
+        if "messages" in row.meta:
+            found.append(row if train_mistakes else _without_mistakes(row))
+        elif "segments" in row.meta:
+            found.append(row)
+        else:
+            found += [replace(row, demo=text) for text in demonstrations(row)]
     return found or rows
+
+
+def _without_mistakes(row: Any) -> Any:
+    from dataclasses import replace
+
+    planted = set(row.meta.get("mistakes", ()))
+    messages = [m | {"train": False} if i in planted else m for i, m in enumerate(row.meta["messages"])]
+    return replace(row, meta=row.meta | {"messages": messages})
 
 
 def _measure(cfg: DictConfig, task: Any, loaded: Any, folder):

@@ -76,11 +76,12 @@ def encode(row: Any, loaded: LoadedModel) -> dict[str, list[int]]:
     """Token ids of one row and its labels (the id where a token is trained, else -100), both of one length.
 
     A row is a `Row` with a `demo`, or a mapping with one of: `messages` (optional `tools`; an assistant message
-    with `"train": false` is context only); `prompt` and `completion`; `prompt` and `segments`, a list of
-    [text, trained] in raw text, for a demonstration with tool output between the model's turns (a `Row` carries
-    it as `meta["segments"]`); ready `input_ids` and `labels`. A trained end of the text is followed by eos.
-    A plain prompt becomes one user message for a chat model and stays raw otherwise. DataError for a row
-    without a demonstration, with symbols the tokenizer does not know, or whose template rewrites earlier turns.
+    with `"train": false` is context only); `prompt` and `completion`; `prompt` and `segments`, a list of [text,
+    trained] in raw text, for a demonstration with tool output between the model's turns (a `Row` carries it as
+    `meta["segments"]`, or a whole dialogue as `meta["messages"]` and `meta["tools"]`); ready `input_ids` and
+    `labels`. A trained end of the text is followed by eos. A plain prompt becomes one user message for a chat model
+    and stays raw otherwise. DataError for a row without a demonstration, with symbols the tokenizer does not know,
+    or whose template rewrites earlier turns.
     """
     row = row if isinstance(row, Mapping) else _from_row(row)
     if "input_ids" in row:
@@ -103,6 +104,8 @@ def encode(row: Any, loaded: LoadedModel) -> dict[str, list[int]]:
 def _from_row(row: Any) -> dict[str, Any]:
     if "segments" in row.meta:
         return {"prompt": row.prompt, "segments": row.meta["segments"]}
+    if "messages" in row.meta:
+        return {"messages": row.meta["messages"], "tools": row.meta.get("tools")}
     if row.demo is None:
         raise DataError(
             f"Row '{row.id}' has no demonstration, so there is nothing to imitate",
@@ -181,8 +184,7 @@ def _encode_chat(messages: Sequence[Mapping], tools: list | None, loaded: Loaded
         )
 
     full, at = render(len(plain)), 0
-    input_ids: list[int] = []
-    labels: list[int] = []
+    pieces: list[tuple[str, bool | None]] = []  # text and whether it is trained; None: no turn of the model
     for i, message in enumerate(plain):
         if message["role"] != "assistant":
             continue
@@ -195,19 +197,23 @@ def _encode_chat(messages: Sequence[Mapping], tools: list | None, loaded: Loaded
                 where=f"message {i} of {len(plain)}",
                 fix="use a model whose template keeps earlier turns, or split the row into one row per turn",
             )
-        context = _ids(full[at : len(before)], loaded)
-        turn = _ids(through[len(before) :], loaded)
-        input_ids += context + turn
-        labels += [IGNORED] * len(context)
-        labels += _turn_labels(turn, loaded) if trained[i] else [IGNORED] * len(turn)
+        pieces += [(full[at : len(before)], None), (through[len(before) :], trained[i])]
         at = len(through)
-    rest = _ids(full[at:], loaded)
+    pieces.append((full[at:], None))
+    input_ids: list[int] = []
+    labels: list[int] = []
+    stops = stop_ids(loaded)
+    # Together: a call of the tokenizer costs more than the few tokens of one turn.
+    encoded = loaded.tokenizer([text for text, _ in pieces], add_special_tokens=False)["input_ids"]
+    for (_, wanted), ids in zip(pieces, encoded, strict=True):
+        input_ids += ids
+        labels += _turn_labels(ids, stops, loaded) if wanted else [IGNORED] * len(ids)
     _refuse_unknown(input_ids, full, loaded)
-    return {"input_ids": input_ids + rest, "labels": labels + [IGNORED] * len(rest)}
+    return {"input_ids": input_ids, "labels": labels}
 
 
-def _turn_labels(turn: list[int], loaded: LoadedModel) -> list[int]:
-    stops = [k for k, token in enumerate(turn) if token in stop_ids(loaded)]
+def _turn_labels(turn: list[int], ends: set[int], loaded: LoadedModel) -> list[int]:
+    stops = [k for k, token in enumerate(turn) if token in ends]
     if not stops:
         raise ConfigError(
             f"The chat template of '{loaded.name}' does not end a turn with an end-of-sequence token, "

@@ -145,11 +145,15 @@ class BaseEngine:
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Result]]]:
         """(index of the request, its n results), as they are finished, in any order."""
         for index, results in self._stream(requests):
-            self._cost["requests"] += 1
-            self._cost["errors"] += results[0].finish == "error"
-            self._cost["prompt_tokens"] += results[0].usage.prompt_tokens
-            self._cost["completion_tokens"] += sum(result.usage.completion_tokens for result in results)
+            self.count(results)
             yield index, results
+
+    def count(self, results: list[Result]) -> None:
+        """Adds one answered request to the cost."""
+        self._cost["requests"] += 1
+        self._cost["errors"] += results[0].finish == "error"
+        self._cost["prompt_tokens"] += results[0].usage.prompt_tokens
+        self._cost["completion_tokens"] += sum(result.usage.completion_tokens for result in results)
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[list[Result]]:
         requests = list(requests)

@@ -102,8 +102,7 @@ class CachedEngine(BaseEngine):
         for index, key in enumerate(keys):
             if key is None:
                 todo.append(index)
-            elif (stored := self._get(key, requests[index].n)) is not None:
-                self._hits += 1
+            elif (stored := self.lookup(key, requests[index].n)) is not None:
                 yield index, stored
             else:
                 waiting.setdefault(key, []).append(index)
@@ -112,10 +111,24 @@ class CachedEngine(BaseEngine):
         for position, results in _answers(self.engine, [requests[index] for index in todo]):
             index = todo[position]
             key = keys[index]
-            if key is not None and all(result.finish != "error" for result in results):
-                self._put(key, results)
+            self.store(key, results)
             for twin in waiting[key] if key is not None else [index]:
                 yield twin, results
+
+    def key(self, request: Request) -> str | None:
+        """What an answer to `request` is stored under; None for one that is never stored."""
+        return request_key(self.identity(), request) if request.repeatable else None
+
+    def lookup(self, key: str | None, n: int) -> list[Result] | None:
+        """The stored answer, counted as one that the disk gave; None if there is none."""
+        stored = None if key is None else self._get(key, n)
+        self._hits += stored is not None
+        return stored
+
+    def store(self, key: str | None, results: list[Result]) -> None:
+        """Keeps an answer, unless it is an error. Raises RunError where the disk refuses."""
+        if key is not None and all(result.finish != "error" for result in results):
+            self._put(key, results)
 
     def identity(self) -> dict[str, Any]:
         return self.engine.identity() if isinstance(self.engine, BaseEngine) else {"engine": self.engine.name}

@@ -171,6 +171,10 @@ class OpenAIEngine(BaseEngine):
         body["prompt"] = request.prompt if request.prompt_ids is None else list(request.prompt_ids)
         return body | ({"logprobs": 0} if self.logprobs else {})
 
+    async def answer(self, client: httpx.AsyncClient, request: Request) -> list[Result]:
+        """The n results of one request over an open connection pool (`service.client()`)."""
+        return await self._serve(client, request, self._body(request))
+
     async def _serve(self, client: httpx.AsyncClient, request: Request, body: dict) -> list[Result]:
         """The n results of one request; an endpoint that gives fewer choices than asked for is asked again."""
         path = "chat/completions" if self.endpoint == "chat" else "completions"

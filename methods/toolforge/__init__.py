@@ -1,0 +1,1 @@
+"""ToolForge: multi-hop search dialogues with a few virtual tools, from (question, gold context, answer) triples."""

@@ -1,0 +1,74 @@
+"""The dual gate: near in meaning, far in wording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from methods.errors import check_range
+from methods.toolforge.text import cosine, lexical_vector, similarity
+
+Embed = Callable[[str], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a candidate passes, its two similarities (means over the kept), and why not."""
+
+    accepted: bool
+    cos: float = 0.0
+    text: float = 0.0
+    reason: str = ""
+
+
+@dataclass
+class DualGate:
+    """A candidate T~ against the kept set S (equation of section 3.1):
+
+        J = 1{|S| < 2} or (Agg_cos(T~, S) > theta_c and Agg_text(T~, S) < theta_b)
+
+    with Agg the mean over S of the cosine of embeddings and of the normalised BM25 similarity of the texts.
+
+    Differs from the paper: the normaliser of the text similarity (score of the candidate against itself) is our
+    choice, and a candidate is also rejected when its *largest* text similarity exceeds `theta_max`, because a mean
+    hides a copy of one among many kept texts; None takes that rule away. `embed` None: hashed trigrams, for which
+    theta_c = 0.7 of the paper (bge-m3) would be too high.
+    Degenerate: with fewer than `free` kept texts (2) every candidate passes; an embedding of norm 0 has cosine 0.
+    Raises ConfigError for thresholds outside their range.
+    """
+
+    theta_c: float = 0.7
+    theta_b: float = 0.6
+    theta_max: float | None = 0.9
+    embed: Embed | None = None
+    free: int = 2
+
+    def __post_init__(self) -> None:
+        check_range("theta_c", self.theta_c, -1.0, 1.0)
+        check_range("theta_b", self.theta_b, 0.0, 1.0)
+        if self.theta_max is not None:
+            check_range("theta_max", self.theta_max, 0.0, 1.0)
+
+    def judge(self, candidate: str, kept: Sequence[str]) -> Verdict:
+        """The verdict on a candidate text, embedded here."""
+        if len(kept) < self.free:
+            return Verdict(True)
+        embed = self.embed or lexical_vector
+        return self.judge_vectors(candidate, embed(candidate), kept, [embed(text) for text in kept])
+
+    def judge_vectors(
+        self, candidate: str, vector: Sequence[float], kept: Sequence[str], vectors: Sequence[Sequence[float]]
+    ) -> Verdict:
+        """The verdict where the embeddings are known."""
+        if len(kept) < self.free:
+            return Verdict(True)
+        cos = sum(cosine(vector, other) for other in vectors) / len(vectors)
+        found = similarity(candidate, kept)
+        text = sum(found) / len(found)
+        if not cos > self.theta_c:
+            return Verdict(False, cos, text, "meaning too far")
+        if not text < self.theta_b:
+            return Verdict(False, cos, text, "wording too near")
+        if self.theta_max is not None and max(found) > self.theta_max:
+            return Verdict(False, cos, text, "a copy of a kept one")
+        return Verdict(True, cos, text)

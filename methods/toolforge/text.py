@@ -1,0 +1,95 @@
+"""Words, BM25 over a handful of texts, and measures of wording."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+K1, B = 1.5, 0.75
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words; every Chinese, Japanese or Korean character is a word."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+class Bm25:
+    """BM25 scores of a query against a few texts, without an index on disk.
+
+        score(q, d) = sum over the words t of q of idf(t) tf / (tf + k1 (1 - b + b |d| / mean |d|))
+        idf(t) = ln(1 + (N - df + 0.5) / (df + 0.5)),  k1 = 1.5, b = 0.75
+
+    Degenerate: no texts, or a query without known words, scores 0 everywhere.
+    """
+
+    def __init__(self, texts: Sequence[str], split: Callable[[str], list[str]] = words) -> None:
+        self.split = split
+        self.counts = [Counter(split(text)) for text in texts]
+        self.lengths = [sum(counts.values()) for counts in self.counts]
+        self.mean = sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
+        self.df = Counter(word for counts in self.counts for word in counts)
+
+    def scores(self, query: str) -> list[float]:
+        n, found = len(self.counts), [0.0] * len(self.counts)
+        for word in self.split(query):
+            if word not in self.df:
+                continue
+            idf = math.log(1 + (n - self.df[word] + 0.5) / (self.df[word] + 0.5))
+            for i, counts in enumerate(self.counts):
+                if tf := counts[word]:
+                    found[i] += idf * tf / (tf + K1 * (1 - B + B * self.lengths[i] / self.mean))
+        return found
+
+    def top(self, query: str, k: int) -> list[int]:
+        """At most k places with a score above 0, best first, equal ones in their order."""
+        scores = self.scores(query)
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
+        return [i for i in order[: max(k, 0)] if scores[i] > 0]
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """Cosine of two vectors; 0 where one of them has norm 0."""
+    norm = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / norm if norm else 0.0
+
+
+def similarity(candidate: str, kept: Sequence[str]) -> list[float]:
+    """Wording in common with each kept text, in [0, 1]: BM25(candidate, kept text) / BM25(candidate, itself) in the
+    collection of the kept texts and the candidate, clipped. A text without words has 0 in common with anything."""
+    scores = Bm25([*kept, candidate]).scores(candidate)
+    own = scores.pop()
+    return [min(1.0, score / own) if own else 0.0 for score in scores]
+
+
+@functools.lru_cache(maxsize=4096)
+def lexical_vector(text: str, size: int = 256) -> tuple[float, ...]:
+    """Counts of hashed character trigrams: a stand-in for an embedding where no model is given. It sees spelling, not
+    meaning, so thresholds for it are not those of a sentence encoder."""
+    padded, vector = f"  {' '.join(words(text))} ", [0.0] * size
+    for gram in map("".join, zip(padded, padded[1:], padded[2:], strict=False)):
+        vector[int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=4).digest(), "big") % size] += 1.0
+    return tuple(vector)
+
+
+def folded(text: str, ascii_only: bool = False) -> str:
+    """Letters and digits alone, lower case. `ascii_only` as in the first release: any other letter is dropped."""
+    if ascii_only:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+    return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text).lower())
+
+
+def distinct(texts: Iterable[str], n: int = 2) -> float:
+    """distinct-n: different n-grams of words over all of them; 0 where there are none."""
+    grams = [gram for text in texts for gram in _grams(words(text), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _grams(found: list[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(found[i : i + n]) for i in range(len(found) - n + 1)]
