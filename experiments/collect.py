@@ -167,10 +167,12 @@ def row_slice(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Ten
     empty = start >= len(order)
     chosen = order[:1] if empty else order[start:stop]
     width_P, width_T = (max(int(x_S[chosen].max()), 1) for x_S in (prompt_S, written_S))
+    ends = {"prompt_ids": slice(-width_P, None), "prompt_mask": slice(-width_P, None)}
     part = {}
     for name, x in inputs.items():
         x = x[chosen] if x.dim() else x
-        part[name] = x if x.dim() < 2 else x[:, -width_P:] if name.startswith("prompt_") else x[:, :width_T]
+        per_token = x.dim() > 1 and x.size(1) == inputs["completion_ids"].size(1)
+        part[name] = x[:, ends.get(name, slice(width_T))] if name in ends or per_token else x
     if empty:
         part["tool_mask"] = torch.zeros_like(part["tool_mask"])
         part["row_weight"] = torch.zeros_like(part["row_weight"])
