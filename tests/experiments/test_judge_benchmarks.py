@@ -310,6 +310,21 @@ def test_the_authors_own_json_files_are_read(tmp_path):
     assert items[0].grades == (0, 1) and items[0].prompt == "q"
 
 
+@pytest.mark.parametrize(
+    ("name", "split"), [("rewardbench", "filtered"), ("rewardbench2", "test"), ("rm_bench", "train")]
+)
+def test_without_a_path_the_authors_hub_set_is_read(monkeypatch, name, split):
+    asked = []
+
+    def read_hub(source, found_split, subset, key):
+        asked.append((source, found_split))
+        return list(ConstraintBenchmark(name, count=12).records())
+
+    monkeypatch.setattr("experiments.tasks.judge_benchmarks.read_hub", read_hub)
+    assert len(list(Benchmark(name, official=False).stream())) == 12
+    assert set(asked) == {(FORMATS[name].hub, split)}
+
+
 def test_a_sample_is_the_same_whatever_the_order_of_the_file(tmp_path):
     rows = [GOOD | {"id": k} for k in range(50)]
     there = {i.id for i in Benchmark("rewardbench", jsonl(tmp_path / "a.jsonl", *rows), limit=10).stream()}
