@@ -15,7 +15,6 @@ from methods.cdrrm.parsing import Rejected, winner
 from methods.cdrrm.rubric import Rubric
 from methods.errors import ConfigError, check_range
 
-
 LETTER = 4  # tokens of an answer that has begun with the verdict line
 VERDICT = "Final Judgment\nWinner: Response"
 
@@ -24,8 +23,9 @@ class Direct:
     """Which response is better, asked without a rubric.
 
     max_tokens: longest judgment. analysis: let the model reason first; false begins its answer with the verdict line,
-    so that it writes the letter only (for models too small to keep to a form). Degenerate: an answer without a readable last line is UNPARSABLE, as is a request
-    that failed; both are counted in `counts`.
+    so that it writes the letter only (for models too small to keep to a form).
+    Degenerate: an answer without a readable last line is UNPARSABLE, as is a request that failed; both are counted in
+    `counts`.
     """
 
     name = "direct"

@@ -70,6 +70,7 @@ def check(cfg: DictConfig) -> None:
         )
     instantiate(cfg.benchmark)
     if getattr(make.func, "needs", "") == "engine":
+        make(engine=None, **({"generator": None} if "generator" in make.keywords else {}))
         asks = engine_factory(cfg)
         if asks.func.needs == "nothing":
             asks()

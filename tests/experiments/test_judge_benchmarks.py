@@ -198,6 +198,11 @@ def test_a_control_judge_is_a_function_of_the_question(rule):
     assert {v.question.key: v.choice for v in ask(judge, asked[::-1], batch=7)} == whole
 
 
+def test_pairs_of_rewardbench_2_are_refused_before_they_are_paid_for():
+    with pytest.raises(ConfigError, match=r"all responses at once.*judge\.by\.form=all"):
+        next(questions(ConstraintBenchmark("rewardbench2", count=4).stream(), 0))
+
+
 def test_an_unknown_rule_or_benchmark_is_refused():
     with pytest.raises(ConfigError, match="always_first"):
         ControlJudge("best")
@@ -227,7 +232,7 @@ GOOD = {"id": 1, "subset": "math-prm", "prompt": "q", "chosen": "a", "rejected":
         ([GOOD, GOOD], "id 1 twice in subset math-prm"),
         ([GOOD | {"subset": "math_prm"}], "Unknown subset .did you mean 'math-prm'"),
         ([GOOD | {"chosen": None}], "no text.*column 'chosen'"),
-        ([], "has no rows|No item says"),
+        ([], "has no rows"),
     ],
 )
 def test_bad_rows_of_rewardbench(tmp_path, rows, message):
@@ -303,6 +308,21 @@ def test_the_authors_own_json_files_are_read(tmp_path):
     items = list(Benchmark("llmbar", str(tmp_path), official=False).stream())
     assert [item.key[1:] for item in items] == [("Adversarial_Neighbor", "0"), ("Natural", "0")]
     assert items[0].grades == (0, 1) and items[0].prompt == "q"
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("rewardbench", "filtered"), ("rewardbench2", "test"), ("rm_bench", "train")]
+)
+def test_without_a_path_the_authors_hub_set_is_read(monkeypatch, name, split):
+    asked = []
+
+    def read_hub(source, found_split, subset, key):
+        asked.append((source, found_split))
+        return list(ConstraintBenchmark(name, count=12).records())
+
+    monkeypatch.setattr("experiments.tasks.judge_benchmarks.read_hub", read_hub)
+    assert len(list(Benchmark(name, official=False).stream())) == 12
+    assert set(asked) == {(FORMATS[name].hub, split)}
 
 
 def test_a_sample_is_the_same_whatever_the_order_of_the_file(tmp_path):
