@@ -36,7 +36,8 @@ class ZipRl(Method):
 
     compression: adaptive; uniform: all zips at `level`; random: a level drawn for each turn; none: zips ignored, raw
     documents kept while they fit.
-    max_turns: then one more call asks for the answer. A turn writes at most the completion budget of the run.
+    max_turns: then one more call asks for the answer. A turn writes at most the completion budget of the run. Where the
+    task's prompt ends in the assistant's words (`task.prefill`) turns are made to begin: TextForm says how.
 
     Differs from the paper: the functions in Q_com, the intervals of the levels and the weight 1/T_i are chosen here
     (not public); zips and action come from one generation, memory is append-only and cut at `max_prompt_tokens`. On
@@ -89,7 +90,11 @@ class ZipRl(Method):
 
     def _form(self, row: Any, env: Any) -> Form:
         own = getattr(env, "form", None)
-        return TextForm(row.meta.get("question", row.prompt), env.tools, self.scale) if own is None else own(self.scale)
+        if own is not None:
+            return own(self.scale)
+        chat = isinstance(row.prompt, list) and row.prompt[-1]["role"] == "assistant"
+        prefill = row.prompt[-1]["content"] if chat else ""
+        return TextForm(row.meta.get("question", row.prompt), env.tools, self.scale, prefill)
 
     def advantages(self, adv_ST: Tensor, ctx: Context) -> Tensor:
         batch = ctx.batch

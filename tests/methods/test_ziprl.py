@@ -20,6 +20,7 @@ from methods.objectives.policy_gradient import Dapo, Grpo
 from methods.objectives.ppo import Ppo
 from methods.stack import Stack
 from methods.ziprl import measures
+from methods.ziprl.forms import Document, Zip
 from methods.ziprl.ziprl import ZipRl
 
 PAGES = {
@@ -102,8 +103,6 @@ def test_the_quality_of_a_turn_is_the_mean_over_its_documents(play):
     (traj,), _ = play(ZipRl(), answers("<tool>search(curie)</tool>", BOTH))
     assert measures.QUALITY not in traj.turns[0].scores  # nothing to zip: missing, not 0
     form = ZipRl()._form(traj.row, SimpleNamespace(tools={}))
-    from methods.ziprl.forms import Document, Zip
-
     parts = [
         form.quality(Document("d1", "Marie Curie was born in Warsaw. She won two prizes."),
                      Zip("d1", 5, "Marie Curie was born in Warsaw.")),
@@ -165,6 +164,18 @@ def test_tool_errors_become_remarks(play, query, remark):
     (traj,), _ = play(ZipRl(), agent)
     assert remark in agent.seen[1].partition("Memory:")[2] and traj.turns[0].result.startswith("error:")
     assert measures.QUALITY not in traj.turns[1].scores
+
+
+def test_a_prefill_opens_turns_with_a_call_a_zip_or_the_answer():
+    row = SimpleNamespace(meta={"question": "Where?"}, prompt=[{"role": "assistant", "content": "<tool>search("}])
+    form = ZipRl()._form(row, SimpleNamespace(tools={"search": search}))
+    shown = [Document("d4", "Text."), Document("d5", "Text.")]
+    assert form.ask([], [], None, False)[1] == "<tool>search("
+    assert form.ask([], shown, None, False)[1] == '<zip doc="d4" level="'
+    assert form.ask([], [], None, True)[1] == "<tool>finish("
+    row.prompt = "Where?"
+    plain = ZipRl()._form(row, SimpleNamespace(tools={"search": search}))
+    assert {plain.ask([], d, None, last)[1] for d in ([], shown) for last in (False, True)} == {""}
 
 
 def test_an_empty_result_is_no_document(play):
