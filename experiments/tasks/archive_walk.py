@@ -65,8 +65,8 @@ class ArchiveWalk(Task):
 
     pages: of the walk, per tier, with the weights of the tiers in `train` as `mixture`; from 41 pages on entities come
     again with a new page. keys: asked at most (1 to 4). relevant: chance that a page has some of them. max_facts: asked
-    pairs on a walk. Demonstrations (`warm_rows`: one row per turn) choose levels at random, fill them with pairs of the
-    page, keep an asked pair with `demo_keep`, and answer with what they have.
+    pairs on a walk. Demonstrations (`warm_rows`: one row per turn) choose levels at random, fill them with the first
+    pairs of the page, keep an asked pair with `demo_keep`, and answer with what they have.
 
     Differs from the sheet: one relation is followed all the way and the keys are asked on all pages, so that the
     question stays short however long the walk is; the answer names the keys beside the values. A pair is one token, so
@@ -179,7 +179,7 @@ class ArchiveWalk(Task):
         every = pairs(page.text)
         wanted = [p for p in every if key(p) in asked and rng.random() < self.demo_keep][:room]
         others = [p for p in every if key(p) not in asked]
-        kept = {*wanted, *rng.sample(others, min(len(others), room - len(wanted)))}
+        kept = {*wanted, *others[: room - len(wanted)]}
         return Zip(page.id, level, _text([p for p in every if p in kept]))
 
     # ---- episodes ----
