@@ -17,7 +17,7 @@ from methods.ziprl.forms import Form, TextForm
 from methods.ziprl.loop import Episode, Loop
 from methods.ziprl.quality import INTERVALS, WEIGHTS, Scale
 
-COMPRESSIONS = ("adaptive", "uniform", "random", "none")
+COMPRESSIONS = ("adaptive", "uniform", "none")
 
 
 @dataclass
@@ -34,8 +34,7 @@ class ZipRl(Method):
     (methods/ziprl/quality.py). The correction sums to 0 over a trajectory and is alive in groups with equal rewards;
     w = 0 is the objective alone. The qualities pass the controls as `qualities`, sets are trajectories.
 
-    compression: adaptive; uniform: all zips at `level`; random: a level drawn for each turn; none: zips ignored, raw
-    documents kept while they fit.
+    compression: adaptive; uniform: all zips at `level`; none: zips ignored, raw documents kept while they fit.
     max_turns: then one more call asks for the answer. A turn writes at most the completion budget of the run. Where the
     task's prompt ends in the assistant's words (`task.prefill`) turns are made to begin: TextForm says how.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,7 +70,6 @@ def play():
             generate=generate,
             env=lambda row: SimpleNamespace(tools={"search": search}),
             call=runner.call,
-            rng=lambda name: np.random.default_rng(zlib.crc32(name.encode())),
         )
         ctx = Context(mode, 0, 0, group or rows, services=services)
         data = [SimpleNamespace(id=f"r{i}", meta={"question": question}, prompt=question) for i in range(rows)]
@@ -199,16 +197,6 @@ def test_uniform_compression_asks_for_and_keeps_one_level(play):
     (traj,), _ = play(ZipRl(compression="uniform", level=2), agent)
     assert "level 2 (" in agent.seen[0] and "level 5 (" not in agent.seen[0]
     assert traj.turns[1].scores["level"] == 2.0
-
-
-def test_random_compression_asks_for_a_level_drawn_anew_each_turn(play):
-    turn = '<zip doc="d{}" level="5">Curie.</zip><tool>search(curie)</tool>'
-    agent = answers("<tool>search(curie)</tool>", *(turn.format(2 * k + 1) for k in range(12)))
-    (traj,), _ = play(ZipRl(compression="random"), agent)
-    asked = [[level for level in range(1, 6) if f"level {level} (" in prompt] for prompt in agent.seen]
-    assert all(len(one) == 1 for one in asked) and len({one[0] for one in asked}) > 2
-    kept = [turn.scores["level"] for turn in traj.turns[1:13]]  # a document without a zip is an empty one of level 1
-    assert kept == [(one[0] + 1) / 2 for one in asked[1:13]]
 
 
 def test_without_compression_raw_text_stays_until_the_oldest_no_longer_fits(play):
