@@ -30,7 +30,7 @@ class Experiment:
     primary: dict[str, Any] = field(default_factory=dict)
     secondary: list[dict[str, Any]] = field(default_factory=list)
     controls: dict[str, str] = field(default_factory=dict)
-    axis: dict[str, Any] = field(default_factory=dict)  # name, groups: {panel: {arm: place}}, columns
+    axis: dict[str, Any] = field(default_factory=dict)  # name, groups: {panel: {arm: place}}; drawn as curves
     logged: dict[str, Any] = field(default_factory=dict)  # name, panels: {title: key of metrics.jsonl}, arms; drawn
     budget: float | None = None
     smoke: dict[str, Any] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """What compressing the context costs: python -m experiments.bench_ziprl
 
-Time over step time of one training run in the world of experiment=ziprl_archive, from its warm start: ZipRL's hooks
+Time over step time of training runs on task=archive_walk from a warm start (some minutes, once): ZipRL's hooks
 (prompts, memory, reading zips, their quality, credit), and with them the tokenizer, which reads every prompt anew.
 """
 
@@ -9,19 +9,19 @@ from __future__ import annotations
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from experiments.bench import CONF, Baton, configuration, our_trainer, turns
+from experiments.bench import Baton, configuration, our_trainer, turns
 
 WARM_UP = 2
+WORLD = ["task=archive_walk", "model.heads=2", "model.rope_theta=10000.0", "model.init_std=0.05"]
+START = ["steps=2500", "batch_size=32", "learning_rate=4.0e-3"]
 
 
 def shares(rows: int, count: int = 10) -> None:
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
-    plan: Any = OmegaConf.load(CONF / "experiment" / "ziprl_archive.yaml")
-    words = [*plan.common, "method=[ziprl_archive]", "eval.every=0", "trainer.save_every=0"]
+    words = [*WORLD, *(f"model.warm_start.{word}" for word in START), "method=[ziprl_archive]"]
+    words += ["eval.every=0", "trainer.save_every=0", "trainer.rows_per_device=32"]
     words += [f"trainer.prompts_per_step={rows // 8}", f"trainer.max_steps={count + WARM_UP}"]
     cfg = configuration(*words)
     task = instantiate(cfg.task)

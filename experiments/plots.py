@@ -260,10 +260,7 @@ def _one_panel_per_arm(study: Study, curves: Mapping[str, Curve]):
 
 
 def _along_axis(study: Study):
-    """Evaluated columns against the arms' places on the plan's `axis`, one curve per tier.
-
-    One row of panels per column (`columns`; by default the primary one), one panel per group.
-    """
+    """One panel per group of the plan's `axis`, one curve per tier: the evaluated column against the arms' places."""
     axis_plan, spec = study.plan.get("axis") or {}, _spec(study)
     groups = {
         str(title): {arm: float(place) for arm, place in places.items() if arm in study.arms}
@@ -272,24 +269,21 @@ def _along_axis(study: Study):
     groups = {title: places for title, places in groups.items() if len(places) > 1}
     if not groups or spec is None:
         return None
-    first = next(iter(study.arms.values()))[0]
-    columns = [c for c in axis_plan.get("columns") or [] if c in first.columns] or [spec.column]
-    hues = dict(zip(first.tiers, COLOURS, strict=False))
-    size = (3.2 * len(groups) + 1.2, 3.3 * len(columns))
-    figure, axes = new_figure(*size, len(columns), len(groups), sharey="row", sharex=True)
-    for column, row in zip(columns, axes, strict=True):
-        curves: dict[str, Curve] = {}
-        for axis, (title, places) in zip(row, groups.items(), strict=True):
-            for tier in hues:
-                metric = f"{spec.split}/{column}/{tier}"
-                bands = [stats.mean_interval([r.value(metric) for r in study.arms[arm]]) for arm in places]
-                curves[tier] = _curve(list(places.values()), bands)
-                _line(axis, curves[tier], hues[tier])
-            axis.set_title(title, loc="left")
-            _dress(axis)
-            axis.set_xlabel(str(axis_plan.get("name", "")))
-        row[0].set_ylabel(f"{column} ({spec.split} items)")
-        _direct_legend(row[-1], curves, hues)
+    tiers = next(iter(study.arms.values()))[0].tiers
+    hues = dict(zip(tiers, COLOURS, strict=False))
+    figure, axes = new_figure(3.2 * len(groups) + 1.2, 3.3, 1, len(groups), sharey=True, sharex=True)
+    curves: dict[str, Curve] = {}
+    for axis, (title, places) in zip(axes[0], groups.items(), strict=True):
+        for tier in hues:
+            metric = f"{spec.split}/{spec.column}/{tier}"
+            bands = [stats.mean_interval([r.value(metric) for r in study.arms[arm]]) for arm in places]
+            curves[tier] = _curve(list(places.values()), bands)
+            _line(axis, curves[tier], hues[tier])
+        axis.set_title(title, loc="left")
+        _dress(axis)
+        axis.set_xlabel(str(axis_plan.get("name", "")))
+    axes[0][0].set_ylabel(_quantity(study))
+    _direct_legend(axes[0][-1], curves, hues)
     return figure
 
 

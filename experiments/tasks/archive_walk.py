@@ -19,17 +19,36 @@ RELATIONS = tuple(f"k{i}" for i in range(4))
 ATTRIBUTES = tuple(f"k{i}" for i in range(4, 16))
 VALUES = tuple(f"v{i}" for i in range(20))
 SYMBOLS = (
-    *(*ENTITIES, *RELATIONS, *ATTRIBUTES, *VALUES, "l1", "l2", "l3", "l4", "l5"),
-    *("q", ":", "m", "d", ",", "=", "z", "o", "f", "error"),
+    *(
+        *ENTITIES,
+        *RELATIONS,
+        *ATTRIBUTES,
+        "l1",
+        "l2",
+        "l3",
+        "l4",
+        "l5",
+        "q",
+        ":",
+        "m",
+        "d",
+        "=",
+        "z",
+        "o",
+        "f",
+        "error",
+    ),
+    *(key + entity for key in RELATIONS for entity in ENTITIES),
+    *(key + value for key in ATTRIBUTES for value in VALUES),
 )
 PAGE = 12  # pairs of a page
-TOKEN = re.compile("|".join(sorted(SYMBOLS, key=len, reverse=True)))
+TOKEN = re.compile(r"k\d+[ev]\d+|k\d+|e\d+|l\d|error|[q:md=zof]")
 TURN = re.compile(r"(?:z(?P<page>e\d+)l(?P<level>\d)(?P<pairs>[^of]*))?(?:o(?P<open>e\d+)|f(?P<finish>.*))?", re.DOTALL)
 
 
 def pairs(text: str) -> list[str]:
-    """`k4v2,k9v1,` as `[k4v2, k9v1]`."""
-    return [pair for pair in text.split(",") if pair]
+    """`k4v2k9v1` as `[k4v2, k9v1]`; whatever else was written is a pair that no page has."""
+    return TOKEN.findall(text)
 
 
 def key(pair: str) -> str:
@@ -41,23 +60,24 @@ class ArchiveWalk(Task):
     """`qe5k2:k4k9=`: open e5, follow relation k2 from page to page until one lacks it; what are k4 and k9 on the way?
 
     A page has twelve pairs of key and value and can be opened once. A turn writes what it keeps of the page it sees, at
-    one of five levels, and an action: `ze5l2k4v7,oe17` keeps one pair and opens e17, `ze3l1fk4v7k9v1` answers with the
+    one of five levels, and an action: `ze5l2k4v7oe17` keeps one pair and opens e17, `ze3l1fk4v7k9v1` answers with the
     asked pairs in the order in which they were met. The archive of each question is made anew.
 
     pages: of the walk, per tier, with the weights of the tiers in `train` as `mixture`; from 41 pages on entities come
     again with a new page. keys: asked at most (1 to 4). relevant: chance that a page has some of them. max_facts: asked
-    pairs on a walk. Demonstrations (`warm_rows`: one row per turn) choose levels at random, fill them with pairs of the
-    page, keep an asked pair with `demo_keep`, and answer with what they have.
+    pairs on a walk. Demonstrations (`warm_rows`: one row per turn) choose levels at random, fill them with the first
+    pairs of the page, keep an asked pair with `demo_keep`, and answer with what they have.
 
     Differs from the sheet: one relation is followed all the way and the keys are asked on all pages, so that the
-    question stays short however long the walk is; the answer names the keys beside the values.
+    question stays short however long the walk is; the answer names the keys beside the values. A pair is one token, so
+    that a page has 14 and the prompt 56, as many pages as 160 tokens have of 38.
     """
 
     episodes_by = "ziprl_archive"
 
     name: str = "archive_walk"
-    symbols: tuple[str, ...] | None = SYMBOLS
-    max_prompt_tokens: int = 160
+    symbols: tuple[str, ...] | None = None
+    max_prompt_tokens: int = 56
     max_completion_tokens: int = 0
     tiers: tuple[str, ...] = field(default=(), init=False)
     pages: dict[str, int] = field(default_factory=lambda: {"2": 2, "3": 3, "5": 5, "8": 8, "16": 16})
@@ -93,8 +113,9 @@ class ArchiveWalk(Task):
                     got=getattr(self, name),
                     expected=f"{low} to {high}",
                 )
+        self.symbols = self.symbols or SYMBOLS
         # A whole page copied with its head, then the longest answer, then the end.
-        self.max_completion_tokens = self.max_completion_tokens or 3 * PAGE + 3 + 2 * self.max_facts + 2
+        self.max_completion_tokens = self.max_completion_tokens or PAGE + 3 + self.max_facts + 2
 
     # ---- rows ----
     def rows(self, split: str, seed: int) -> list[Row]:
@@ -158,7 +179,7 @@ class ArchiveWalk(Task):
         every = pairs(page.text)
         wanted = [p for p in every if key(p) in asked and rng.random() < self.demo_keep][:room]
         others = [p for p in every if key(p) not in asked]
-        kept = {*wanted, *rng.sample(others, min(len(others), room - len(wanted)))}
+        kept = {*wanted, *others[: room - len(wanted)]}
         return Zip(page.id, level, _text([p for p in every if p in kept]))
 
     # ---- episodes ----
@@ -200,7 +221,7 @@ def _page(following: list[str], relation: str, asked: Sequence[str], held: list[
 
 
 def _text(page: Sequence[str]) -> str:
-    return "".join(f"{pair}," for pair in page)
+    return "".join(page)
 
 
 class Archive:

@@ -115,11 +115,16 @@ TOOL = re.compile(r"<tool>\s*(?P<tool>\w+)\((?P<argument>.*?)\)\s*</tool>", re.D
 
 @dataclass
 class TextForm:
-    """English instructions, zips and actions in tags. A numbered result (`1. ...` lines) is one document per item."""
+    """English instructions, zips and actions in tags. A numbered result (`1. ...` lines) is one document per item.
+
+    opening: words with which a turn is made to begin, for a model that does not act by itself, such as `<tool>search(`;
+    a turn that sees documents then begins with the tag of the first zip.
+    """
 
     question: str
     tools: Mapping[str, Any]
     scale: Scale
+    opening: str = ""
 
     def ask(
         self, memory: Sequence[Entry], documents: Sequence[Document], level: int | None, last: bool
@@ -134,7 +139,10 @@ class TextForm:
             memory="\n".join(map(self._entry, memory)) or "(nothing yet)",
             documents="\n".join(f'<document id="{d.id}">{d.text}</document>' for d in documents) or "(none)",
         )
-        return text + (LAST if last else ""), ""
+        if last:
+            return text + LAST, "<tool>finish(" if self.opening else ""
+        first = f'<zip doc="{documents[0].id}" level="' if documents else self.opening
+        return text, first if self.opening else ""
 
     def _level(self, level: int) -> str:
         low, high = self.scale.interval(level)

@@ -29,7 +29,6 @@ class Episode:
     segments: list[Segment] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)  # of the coming turn
-    level: int | None = None  # the only one allowed in the coming turn
     shown: int = 0  # documents so far
     idle: int = 0
     text: str = ""
@@ -54,10 +53,9 @@ class Episode:
 class Loop:
     """Runs episodes side by side, one generation per turn for all that are not over.
 
-    compression: `adaptive` (the model chooses levels), `uniform` (every zip at `level`), `random` (a level drawn for
-    each turn), `none` (zips are ignored, raw documents stay in memory until the oldest no longer fit). A prompt has at
-    most `max_prompt_tokens`: the oldest zips are cut down level by level, then the oldest entries are dropped, then
-    documents halved; each is counted.
+    compression: `adaptive` (the model chooses levels), `uniform` (every zip at `level`), `none` (zips are ignored, raw
+    documents stay in memory until the oldest no longer fit). A prompt has at most `max_prompt_tokens`: the oldest zips
+    are cut down level by level, then the oldest entries are dropped, then documents halved; each is counted.
     """
 
     max_turns: int
@@ -69,7 +67,6 @@ class Loop:
         for turn in range(self.max_turns + 1):
             last = turn == self.max_turns
             live = [e for e in episodes if not e.over]
-            self._fix_levels(live, turn, ctx)
             asked = [(e, *prompt) for e, prompt in zip(live, self._prompts(live, ctx, last), strict=True)]
             asked = [(e, ids, opening) for e, ids, opening in asked if not e.over]
             if not asked:
@@ -87,18 +84,8 @@ class Loop:
             self._act([e for e, _, _ in asked if not e.over], ctx)
 
     # ---- the prompt ----
-    def _fix_levels(self, live: Sequence[Episode], turn: int, ctx: Context) -> None:
-        if self.compression == "uniform":
-            for e in live:
-                e.level = self.level
-        elif self.compression == "random":
-            drawn = ctx.rng(f"ziprl/{ctx.mode}/level/{turn}").integers(1, 6, len(live))
-            for e, level in zip(live, drawn.tolist(), strict=True):
-                e.level = level
-
-    @staticmethod
-    def _ask(e: Episode, last: bool) -> tuple[str, str]:
-        return e.form.ask(e.memory, e.documents, e.level, last)
+    def _ask(self, e: Episode, last: bool) -> tuple[str, str]:
+        return e.form.ask(e.memory, e.documents, self.level if self.compression == "uniform" else None, last)
 
     def _prompts(self, live: Sequence[Episode], ctx: Context, last: bool) -> list[tuple[list[int], str]]:
         """Ids of each prompt with what the completion begins with; an episode whose prompt cannot fit is over."""
@@ -185,8 +172,8 @@ class Loop:
         kept, judged = [], []
         for d in e.documents:
             zipped = given.pop(d.id, Zip(d.id, 0, ""))
-            if e.level and zipped.level:
-                zipped = replace(zipped, level=e.level)
+            if self.compression == "uniform" and zipped.level:
+                zipped = replace(zipped, level=self.level)
             good = 1 <= zipped.level <= 5
             judged.append(e.form.quality(d, zipped) if good else NOTHING | {"relevance": float("nan")})
             kept.append(zipped if good else Zip(d.id, 1, ""))

@@ -17,7 +17,7 @@ from methods.ziprl.forms import Form, TextForm
 from methods.ziprl.loop import Episode, Loop
 from methods.ziprl.quality import INTERVALS, WEIGHTS, Scale
 
-COMPRESSIONS = ("adaptive", "uniform", "random", "none")
+COMPRESSIONS = ("adaptive", "uniform", "none")
 
 
 @dataclass
@@ -34,9 +34,9 @@ class ZipRl(Method):
     (methods/ziprl/quality.py). The correction sums to 0 over a trajectory and is alive in groups with equal rewards;
     w = 0 is the objective alone. The qualities pass the controls as `qualities`, sets are trajectories.
 
-    compression: adaptive; uniform: all zips at `level`; random: a level drawn for each turn; none: zips ignored, raw
-    documents kept while they fit.
-    max_turns: then one more call asks for the answer. A turn writes at most the completion budget of the run.
+    compression: adaptive; uniform: all zips at `level`; none: zips ignored, raw documents kept while they fit.
+    max_turns: then one more call asks for the answer. A turn writes at most the completion budget of the run. Where the
+    task's prompt ends in the assistant's words (`task.prefill`) turns are made to begin: TextForm says how.
 
     Differs from the paper: the functions in Q_com, the intervals of the levels and the weight 1/T_i are chosen here
     (not public); zips and action come from one generation, memory is append-only and cut at `max_prompt_tokens`. On
@@ -89,7 +89,11 @@ class ZipRl(Method):
 
     def _form(self, row: Any, env: Any) -> Form:
         own = getattr(env, "form", None)
-        return TextForm(row.meta.get("question", row.prompt), env.tools, self.scale) if own is None else own(self.scale)
+        if own is not None:
+            return own(self.scale)
+        chat = isinstance(row.prompt, list) and row.prompt[-1]["role"] == "assistant"
+        prefill = row.prompt[-1]["content"] if chat else ""
+        return TextForm(row.meta.get("question", row.prompt), env.tools, self.scale, prefill)
 
     def advantages(self, adv_ST: Tensor, ctx: Context) -> Tensor:
         batch = ctx.batch

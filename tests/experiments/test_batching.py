@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
-from experiments import batching
+from experiments import batching, collect
 from methods.errors import ConfigError
 
 WORDS = {
@@ -77,3 +78,23 @@ def test_saves_off_a_generation_boundary_are_refused(words, fix):
     with pytest.raises(ConfigError) as caught:
         log_every(**words)
     assert caught.value.fix == fix
+
+
+def test_a_chunk_takes_the_longest_rows_first_and_no_column_that_is_padding_in_all_of_them():
+    prompts, written = torch.tensor([1, 3, 2]), torch.tensor([2, 1, 1])
+    prompt_mask = (torch.arange(3) >= 3 - prompts.unsqueeze(1)).long()
+    completion_mask = (torch.arange(4) < written.unsqueeze(1)).long()
+    inputs = {
+        "prompt_ids": prompt_mask * 7,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_mask * torch.tensor([[10], [20], [30]]),
+        "completion_mask": completion_mask,
+        "tool_mask": completion_mask,
+        "row_weight": torch.tensor([1.0, 2.0, 3.0]),
+        "num_items_in_batch": torch.tensor(4.0),
+    }
+    first, second, third = (collect.row_slice(inputs, start, start + 2) for start in (0, 2, 4))
+    assert first["row_weight"].tolist() == [2, 1] and second["row_weight"].tolist() == [3]
+    assert first["prompt_mask"].tolist() == [[1, 1, 1], [0, 0, 1]] and second["prompt_mask"].tolist() == [[1, 1]]
+    assert first["completion_ids"].tolist() == [[20, 0], [10, 10]] and second["completion_ids"].tolist() == [[30]]
+    assert first["num_items_in_batch"] == 4 and not third["tool_mask"].any() and third["row_weight"].tolist() == [0]

@@ -434,11 +434,6 @@ def test_arms_along_an_axis_are_one_curve_per_tier(results):
             np.mean([r.value(f"eval/score/{tier}") for r in study.arms[arm]]) for arm in ("flipped", "grpo", "good")
         ]
         assert list(line.get_xdata()) == [-0.1, 0.0, 0.2] and list(line.get_ydata()) == pytest.approx(means)
-    study.plan["axis"]["columns"] = ["score", "length", "nothing like it"]
-    assert [panel.get_ylabel() for panel in plots._along_axis(study).axes] == [
-        "score (eval items)",
-        "length (eval items)",
-    ]
 
 
 def test_logged_values_are_drawn_for_the_arms_named(results):

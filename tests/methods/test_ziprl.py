@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +19,7 @@ from methods.objectives.policy_gradient import Dapo, Grpo
 from methods.objectives.ppo import Ppo
 from methods.stack import Stack
 from methods.ziprl import measures
+from methods.ziprl.forms import Document, Zip
 from methods.ziprl.ziprl import ZipRl
 
 PAGES = {
@@ -70,7 +70,6 @@ def play():
             generate=generate,
             env=lambda row: SimpleNamespace(tools={"search": search}),
             call=runner.call,
-            rng=lambda name: np.random.default_rng(zlib.crc32(name.encode())),
         )
         ctx = Context(mode, 0, 0, group or rows, services=services)
         data = [SimpleNamespace(id=f"r{i}", meta={"question": question}, prompt=question) for i in range(rows)]
@@ -102,8 +101,6 @@ def test_the_quality_of_a_turn_is_the_mean_over_its_documents(play):
     (traj,), _ = play(ZipRl(), answers("<tool>search(curie)</tool>", BOTH))
     assert measures.QUALITY not in traj.turns[0].scores  # nothing to zip: missing, not 0
     form = ZipRl()._form(traj.row, SimpleNamespace(tools={}))
-    from methods.ziprl.forms import Document, Zip
-
     parts = [
         form.quality(Document("d1", "Marie Curie was born in Warsaw. She won two prizes."),
                      Zip("d1", 5, "Marie Curie was born in Warsaw.")),
@@ -167,6 +164,18 @@ def test_tool_errors_become_remarks(play, query, remark):
     assert measures.QUALITY not in traj.turns[1].scores
 
 
+def test_a_prefill_opens_turns_with_a_call_a_zip_or_the_answer():
+    row = SimpleNamespace(meta={"question": "Where?"}, prompt=[{"role": "assistant", "content": "<tool>search("}])
+    form = ZipRl()._form(row, SimpleNamespace(tools={"search": search}))
+    shown = [Document("d4", "Text."), Document("d5", "Text.")]
+    assert form.ask([], [], None, False)[1] == "<tool>search("
+    assert form.ask([], shown, None, False)[1] == '<zip doc="d4" level="'
+    assert form.ask([], [], None, True)[1] == "<tool>finish("
+    row.prompt = "Where?"
+    plain = ZipRl()._form(row, SimpleNamespace(tools={"search": search}))
+    assert {plain.ask([], d, None, last)[1] for d in ([], shown) for last in (False, True)} == {""}
+
+
 def test_an_empty_result_is_no_document(play):
     agent = answers("<tool>search(none)</tool>", "<tool>search(curie)</tool>")
     (traj,), _ = play(ZipRl(), agent)
@@ -188,16 +197,6 @@ def test_uniform_compression_asks_for_and_keeps_one_level(play):
     (traj,), _ = play(ZipRl(compression="uniform", level=2), agent)
     assert "level 2 (" in agent.seen[0] and "level 5 (" not in agent.seen[0]
     assert traj.turns[1].scores["level"] == 2.0
-
-
-def test_random_compression_asks_for_a_level_drawn_anew_each_turn(play):
-    turn = '<zip doc="d{}" level="5">Curie.</zip><tool>search(curie)</tool>'
-    agent = answers("<tool>search(curie)</tool>", *(turn.format(2 * k + 1) for k in range(12)))
-    (traj,), _ = play(ZipRl(compression="random"), agent)
-    asked = [[level for level in range(1, 6) if f"level {level} (" in prompt] for prompt in agent.seen]
-    assert all(len(one) == 1 for one in asked) and len({one[0] for one in asked}) > 2
-    kept = [turn.scores["level"] for turn in traj.turns[1:13]]  # a document without a zip is an empty one of level 1
-    assert kept == [(one[0] + 1) / 2 for one in asked[1:13]]
 
 
 def test_without_compression_raw_text_stays_until_the_oldest_no_longer_fits(play):
