@@ -202,6 +202,15 @@ def test_worked_group_through_the_hook(fake_context):
     close(ctx.batch.extras[EPS], [0.2 - 0.1 * 0.475342] * 4)
 
 
+def test_what_is_logged(fake_context):
+    names = ("a", "dead", "solved", "constant")
+    method = Awpo()
+    _, _ = run([method], *([x for n in names for x in GROUPS[n][k]] for k in (0, 1)), fake_context)
+    logged = method.metrics()
+    assert (logged["live"], logged["solved"], logged["gate_open"], logged["judge_missing"]) == (0.75, 0.25, 0.25, 0)
+    assert logged["difficulty"] == 1.25 and logged["eps"] == pytest.approx(0.2 - 0.1 * logged["gate"])
+
+
 def test_gate_off_and_weight_one_equal_grpo(fake_context):
     """With w = 0 (a control) and d = 1: the advantages of GRPO on the outcome."""
     outcome, reasoning = GROUPS["a"][0] + GROUPS["adversarial"][0], GROUPS["a"][1] + GROUPS["adversarial"][1]
