@@ -182,10 +182,12 @@ def table(frame: pd.DataFrame, title: str = "") -> str:
         values = summarise(part, powers(samples))
         scores.append(values["score"])
         lines.append(f"{split}: {values['items']:.0f} items, {samples} sample{'s' if samples > 1 else ''} each")
-        for name in values:
-            if "." not in name and name not in ("items", "completions", "errors") and not name.startswith("avg@"):
-                span = f"[{values[f'{name}.low']:.3f}, {values[f'{name}.high']:.3f}]" if f"{name}.low" in values else ""
-                lines.append(f"  {name:<20} {values[name]:>9.3f}  {span}".rstrip())
+        hidden = ("items", "completions", "errors")
+        shown = [name for name in values if "." not in name and name not in hidden and not name.startswith("avg@")]
+        width = max(20, *map(len, shown))
+        for name in shown:
+            span = f"[{values[f'{name}.low']:.3f}, {values[f'{name}.high']:.3f}]" if f"{name}.low" in values else ""
+            lines.append(f"  {name:<{width}} {values[name]:>9.3f}  {span}".rstrip())
         if values["errors"]:
             lost = Counter(part["finish"])["error"]
             lines.append(f"  {lost} of {len(part)} completions could not be had; they count nowhere above")

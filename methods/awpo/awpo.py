@@ -121,7 +121,7 @@ class Awpo(Method):
         device = batch.adv_ST.device
         batch.extras[EPS] = torch.full((batch.rows,), eps, device=device)
         adv_N = gate.advantages(terms, gate_P, difficulty_P).float()
-        self._note(terms, gate_P, difficulty_P, eps, reasoning_N)
+        self._note(terms, gate_P, difficulty_P, eps, reasoning_N, adv_N)
         return adv_N.to(device)[batch.traj_S].unsqueeze(1) * batch.model_mask_ST
 
     def clip_range(self, lctx: LossContext) -> tuple[Any, Any]:
@@ -129,11 +129,13 @@ class Awpo(Method):
         return eps_B1, eps_B1
 
     # ---- records ----
-    def _note(self, terms: gate.GroupTerms, gate_P, difficulty_P, eps: float, reasoning_N: Tensor) -> None:
+    def _note(self, terms: gate.GroupTerms, gate_P, difficulty_P, eps: float, reasoning_N, adv_N: Tensor) -> None:
         scorable = terms.scorable_N.sum().clamp(min=1)
+        live_P = torch.zeros_like(gate_P).index_add_(0, terms.index_N, adv_N.abs().double())
         self.last = {
             "gate": float(gate_P.mean()),
             "gate_open": float((gate_P > 0.9).double().mean()),
+            "live": float((live_P > 0).double().mean()),
             "solved": float((terms.mean_P >= gate.SOLVED).double().mean()),
             "difficulty": float(difficulty_P.mean()),
             "eps": eps,

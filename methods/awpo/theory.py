@@ -1,13 +1,17 @@
-"""The bound behind AWPO (section 3 of arXiv 2512.19126, as its reviews give it), for a softmax policy over K actions.
+"""The bound behind AWPO (section 3 of arXiv 2512.19126, as its reviews give it), for a log-linear policy of K actions.
 
-pi_K probabilities, Z_a = e_a - pi the gradient of log pi(a), F = E[Z Z^T] = diag(pi) - pi pi^T, U = F^(-1/2) Z (on the
-d = K - 1 directions that F has), A_K the advantage of each action, V = E[A^2], G = max |Z|, b_g the mean of Z A over B
-actions drawn from pi. A fixed advantage serves as the reward of an objective J(theta) = E[A], whose gradient is E[Z A]:
+phi_KD are the actions' features, pi_K their probabilities, Z_a = phi_a - E[phi] the gradient of log pi(a),
+F = E[Z Z^T], U = F^(-1/2) Z on the d directions that F has, A_K the advantage of each action, V = E[A^2], G = max |Z|,
+b_g the mean of Z A over B actions drawn from pi. A fixed advantage serves as the reward of an objective
+J(theta) = E[A], whose gradient is E[Z A]:
 
     Lemma 3.2   E[J(theta + alpha b_g) - J(theta)] <= alpha (1 + alpha L / 2) |grad J|^2 + (alpha^2 L / 2) Var(b_g)
     Def.  3.3   rho(A) = |E[U A]| / sqrt(d V)
     Lemma 3.4   |grad J|^2 <= lambda_max(F) d rho(A)^2 V
     Lemma 3.5   Var(b_g) <= G^2 V / B
+
+L = range(A) diam(phi)^2 / 4, because the Hessian is E[(A - c)(Z Z^T - F)] for any c and no covariance of phi exceeds
+diam^2 / 4. Degenerate: with one feature per action rho is 1 / sqrt(d) for every advantage; alignment then says nothing.
 """
 
 from __future__ import annotations
@@ -34,33 +38,36 @@ class Bound:
     step: float
 
 
-def bound(pi_K: np.ndarray, adv_K: np.ndarray, alpha: float, batch: int) -> Bound:
-    """The lemmas at a policy with positive probabilities. L = 5/2 of the advantage's range (arXiv 2005.06392)."""
-    score_KK = np.eye(len(pi_K)) - pi_K  # row a: Z_a
-    fisher_KK = np.diag(pi_K) - np.outer(pi_K, pi_K)
-    second, directions = float(pi_K @ adv_K**2), len(pi_K) - 1
-    gradient_K = (pi_K * adv_K) @ score_KK
-    squared = float(gradient_K @ gradient_K)
-    aligned = float(gradient_K @ np.linalg.pinv(fisher_KK, hermitian=True) @ gradient_K)
-    rho = np.sqrt(max(aligned, 0.0) / (directions * second)) if second > 0 and directions else 0.0
-    signal = float(np.linalg.eigvalsh(fisher_KK)[-1]) * directions * rho**2 * second
-    length_K = (score_KK**2).sum(1)
+def bound(phi_KD: np.ndarray, pi_K: np.ndarray, adv_K: np.ndarray, alpha: float, batch: int) -> Bound:
+    """The lemmas at a policy with positive probabilities."""
+    score_KD = phi_KD - pi_K @ phi_KD
+    fisher_DD = (pi_K[:, None] * score_KD).T @ score_KD
+    spectrum_D, axes_DD = np.linalg.eigh(fisher_DD)
+    held_D = spectrum_D > 1e-12 * spectrum_D[-1]
+    second, directions = float(pi_K @ adv_K**2), int(held_D.sum())
+    gradient_D = (pi_K * adv_K) @ score_KD
+    squared = float(gradient_D @ gradient_D)
+    along_D = (gradient_D @ axes_DD)[held_D]
+    aligned = float(along_D @ (along_D / spectrum_D[held_D]))
+    rho = float(np.sqrt(aligned / (directions * second))) if second > 0 and directions else 0.0
+    signal = float(spectrum_D[-1]) * directions * rho**2 * second
+    length_K = (score_KD**2).sum(1)
     variance = (float(pi_K @ (length_K * adv_K**2)) - squared) / batch
     noise = float(length_K.max()) * second / batch
-    smooth = 2.5 * float(np.ptp(adv_K))
+    diameter = ((phi_KD[:, None] - phi_KD[None]) ** 2).sum(-1).max()
+    smooth = float(np.ptp(adv_K) * diameter) / 4
     step = alpha * (1 + alpha * smooth / 2) * signal + alpha**2 * smooth / 2 * noise
-    return Bound(squared, signal, variance, noise, float(rho), second, step)
+    return Bound(squared, signal, variance, noise, rho, second, step)
 
 
-def improvement(pi_K: np.ndarray, adv_K: np.ndarray, reward_K: np.ndarray, alpha: float) -> float:
+def improvement(phi_KD: np.ndarray, pi_K: np.ndarray, adv_K: np.ndarray, reward_K: np.ndarray, alpha: float) -> float:
     """E[J(theta + alpha b_g) - J(theta)] for J = E[reward], exactly, over all pairs of actions (B = 2)."""
-    score_KK = np.eye(len(pi_K)) - pi_K
-    drawn_KK = score_KK * adv_K[:, None]
-    mean_KKK = (drawn_KK[:, None] + drawn_KK[None]) / 2
-    logits = np.log(pi_K) + alpha * mean_KKK
-    moved = np.exp(logits - logits.max(-1, keepdims=True))
-    moved /= moved.sum(-1, keepdims=True)
-    return float(pi_K @ (moved @ reward_K) @ pi_K - pi_K @ reward_K)
+    drawn_KD = (phi_KD - pi_K @ phi_KD) * adv_K[:, None]
+    mean_KKD = (drawn_KD[:, None] + drawn_KD[None]) / 2
+    logits_KKK = np.log(pi_K) + alpha * mean_KKD @ phi_KD.T
+    moved_KKK = np.exp(logits_KKK - logits_KKK.max(-1, keepdims=True))
+    moved_KKK /= moved_KKK.sum(-1, keepdims=True)
+    return float(pi_K @ (moved_KKK @ reward_K) @ pi_K - pi_K @ reward_K)
 
 
 def gated_advantage(

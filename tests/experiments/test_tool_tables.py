@@ -14,6 +14,7 @@ import pytest
 
 from experiments.tasks import bfcl_checker
 from experiments.tasks.api_bank import ApiBank, ground_truth
+from experiments.tasks.base import Row
 from experiments.tasks.bfcl import CATEGORIES, Bfcl
 from experiments.tasks.rlla import Rlla
 from experiments.tasks.tool_rewards import outcome_reward
@@ -34,7 +35,7 @@ def by_hand(response: str, truth: str) -> tuple[float, float]:
     fmt = float(once and re.fullmatch(pattern, response, re.DOTALL) is not None)
     if not call:
         return fmt, 0.0
-    due, said = lines(truth), lines(response)
+    due, said = lines(truth) or [], lines(response)
     if said is None:
         return fmt, -3.0
     left, score, most = list(said), jaccard([c["name"] for c in due], [c["name"] for c in said]), 1
@@ -91,6 +92,11 @@ def variants(gold: str) -> list[str]:
     ]
 
 
+def chat(row: Row) -> list[dict]:
+    assert isinstance(row.prompt, list)
+    return row.prompt
+
+
 def records(data: Path, name: str) -> list[dict]:
     with gzip.open(data / name, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -117,7 +123,7 @@ def test_rlla_rows(data: Path):
     rows = task.rows("train", 0) + task.rows("eval", 0)
     assert len(rows) == 48 and {r.tier for r in rows} == {"call", "response"} == set(task.tiers)
     assert all(task.score(r.answer, r) == 1 and task.metrics(r.answer, r)["exact"] == 1 for r in rows)
-    assert [m["role"] for m in rows[0].prompt] == ["system", "user"]
+    assert [m["role"] for m in chat(rows[0])] == ["system", "user"]
     prefilled = Rlla(path=task.path, prefill="<think>").rows("train", 0)[0]
     assert prefilled.prompt[-1] == {"role": "assistant", "content": "<think>"}
     text = str(prefilled.answer).removeprefix("<think>")
@@ -135,7 +141,7 @@ def test_upstreams_columns_of_rlla(tmp_path: Path):
     record = {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
               "reward_model": {"style": "rule", "ground_truth": gold}, "data_source": "rlla"}  # fmt: skip
     (row,) = Rlla(path=write(tmp_path, record), eval_fraction=0.0).rows("train", 0)
-    assert row.tier == "both" and row.answer == gold and [m["content"] for m in row.prompt] == ["s", "u"]
+    assert row.tier == "both" and row.answer == gold and [m["content"] for m in chat(row)] == ["s", "u"]
 
 
 def test_api_bank_rows(data: Path):

@@ -21,7 +21,7 @@ from methods.objectives.policy_gradient import Grpo
 from methods.stack import Stack
 
 NAN = math.nan
-GROUPS = {
+GROUPS: dict[str, tuple[list[float], list[float]]] = {
     "a": ([1, 0.785714, 0.678571, 0], [0.9, 0.7, 0.2, 0.1]),
     "dead": ([0, 0, 0, 0], [0.6, 0.2, 0.4, 0]),
     "solved": ([1, 1, 1, 1], [0.9, 0.1, 0.5, 0.5]),
@@ -40,8 +40,8 @@ EXPECTED = {
 
 def terms_of(outcome, reasoning, group=None, lam=0.5) -> gate.GroupTerms:
     group = [0] * len(outcome) if group is None else group
-    tensors = (torch.tensor(x, dtype=torch.float64) for x in (outcome, reasoning))
-    return gate.group_terms(*tensors, torch.tensor(group, dtype=torch.long), lam)
+    outcome, reasoning = (torch.tensor(x, dtype=torch.float64) for x in (outcome, reasoning))
+    return gate.group_terms(outcome, reasoning, torch.tensor(group, dtype=torch.long), lam)
 
 
 def final(terms) -> torch.Tensor:
@@ -202,6 +202,16 @@ def test_worked_group_through_the_hook(fake_context):
     close(ctx.batch.extras[EPS], [0.2 - 0.1 * 0.475342] * 4)
 
 
+def test_what_is_logged(fake_context):
+    names = ("a", "dead", "solved", "constant")
+    method = Awpo()
+    outcome, reasoning = ([x for n in names for x in GROUPS[n][k]] for k in (0, 1))
+    run([method], outcome, reasoning, fake_context)
+    logged = method.metrics()
+    assert (logged["live"], logged["solved"], logged["gate_open"], logged["judge_missing"]) == (0.75, 0.25, 0.25, 0)
+    assert logged["difficulty"] == 1.25 and logged["eps"] == pytest.approx(0.2 - 0.1 * logged["gate"])
+
+
 def test_gate_off_and_weight_one_equal_grpo(fake_context):
     """With w = 0 (a control) and d = 1: the advantages of GRPO on the outcome."""
     outcome, reasoning = GROUPS["a"][0] + GROUPS["adversarial"][0], GROUPS["a"][1] + GROUPS["adversarial"][1]
@@ -320,3 +330,22 @@ def test_judge_requests_reach_an_engine():
     services.judge_engine = SimpleNamespace(generate=lambda requests: requests)
     (got,) = services.judge([judge.request("p", "t")])  # type: ignore[misc]
     assert isinstance(got, Request) and got.temperature == 0 and services.cost["judge_calls"] == 1
+
+
+def test_trains_on_tool_calls(make_trainer, monkeypatch):
+    """The task judges the thinking; the radius reaches the loss of both passes."""
+    from experiments.models import Tiny
+    from experiments.tasks.tool_calls import ToolCalls
+
+    task, seen = ToolCalls(train_rows=32, eval_rows=8), []
+    plain = Awpo.clip_range
+    monkeypatch.setattr(Awpo, "clip_range", lambda self, lctx: seen.append(lctx.extras[EPS]) or plain(self, lctx))
+    loaded = Tiny(warm_start=None, init_std=0.3).load(task, 0)
+    trainer = make_trainer(
+        [Awpo()], task=task, loaded=loaded, iterations=2, max_steps=4, max_completion_length=28,
+        reward=lambda texts, rows: [float("use " in t) for t in texts],
+    )  # fmt: skip
+    trainer.train()
+    logs = [h for h in trainer.state.log_history if "awpo/eps" in h]
+    assert logs and all(h["awpo/judge_missing"] == 0 and 0.1 <= h["awpo/eps"] <= 0.2 for h in logs)
+    assert len(seen) == 4 and torch.equal(seen[0], seen[1]) and len(seen[0]) == 16
