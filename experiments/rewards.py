@@ -42,8 +42,8 @@ def build(cfg_reward: Sequence[Mapping[str, Any]], task: Task) -> list[RewardSpe
     """The reward list of `reward:` in a config, in its order.
 
     An entry has `name`, `function` (`task`, `length`, `metric`, `thinking`, `rubric`, or `file.py:function`; default:
-    its name), `weight` (1), `role` (`outcome`) and `kwargs` for the function. Raises ConfigError for an empty list, unknown keys,
-    functions or roles, a weight that is no finite number, and for names used twice.
+    its name), `weight` (1), `role` (`outcome`) and `kwargs` for the function. Raises ConfigError for an empty list,
+    unknown keys, functions or roles, a weight that is no finite number, and for names used twice.
     """
     entries = plain(cfg_reward)
     if not isinstance(entries, list) or not entries:
