@@ -30,8 +30,8 @@ def record(cfg: DictConfig, file: Path, writer: Any, benchmark: Any) -> dict[str
     if len(frame):
         writer.eval(frame, step=0)
         # Without intervals: those of the benchmark are in its table, and `assay report` makes its own over seeds.
-        values |= {f"eval/{name}": float(frame[name].mean()) for name in frame.select_dtypes(float).columns}
-        values |= {f"eval/score/{tier}": float(part.mean()) for tier, part in frame.groupby("tier")["score"]}
+        values |= {f"eval/{name}": mean for name, mean in frame.select_dtypes(float).mean().to_dict().items()}
+        values |= {f"eval/score/{tier}": mean for tier, mean in frame.groupby("tier")["score"].mean().to_dict().items()}
     return values
 
 
