@@ -31,7 +31,8 @@ def record(cfg: DictConfig, file: Path, writer: Any, benchmark: Any) -> dict[str
         writer.eval(frame, step=0)
         # Without intervals: those of the benchmark are in its table, and `assay report` makes its own over seeds.
         values |= {f"eval/{name}": mean for name, mean in frame.select_dtypes(float).mean().to_dict().items()}
-        values |= {f"eval/score/{tier}": mean for tier, mean in frame.groupby("tier")["score"].mean().to_dict().items()}
+        tiers: Any = frame.groupby("tier")["score"].mean()
+        values |= {f"eval/score/{tier}": mean for tier, mean in tiers.to_dict().items()}
     return values
 
 
