@@ -41,9 +41,9 @@ class RewardSpec:
 def build(cfg_reward: Sequence[Mapping[str, Any]], task: Task) -> list[RewardSpec]:
     """The reward list of `reward:` in a config, in its order.
 
-    An entry has `name`, `function` (`task`, `length`, `metric`, `thinking`, or `file.py:function`; default: its name),
-    `weight` (1), `role` (`outcome`) and `kwargs` for the function. Raises ConfigError for an empty list, unknown keys,
-    functions or roles, a weight that is no finite number, and for names used twice.
+    An entry has `name`, `function` (`task`, `length`, `metric`, `thinking`, `rubric`, or `file.py:function`; default:
+    its name), `weight` (1), `role` (`outcome`) and `kwargs` for the function. Raises ConfigError for an empty list,
+    unknown keys, functions or roles, a weight that is no finite number, and for names used twice.
     """
     entries = plain(cfg_reward)
     if not isinstance(entries, list) or not entries:
@@ -99,7 +99,7 @@ def _spec(entry: Any, where: str, task: Task) -> RewardSpec:
 def _function(function: str, kwargs: dict, where: str, task: Task) -> RewardFn:
     if ":" in function:
         return checked(load_function(function, kwargs), function, kwargs)
-    builtin = {"task": _task, "length": _length, "metric": _metric, "thinking": _thinking}
+    builtin = {"task": _task, "length": _length, "metric": _metric, "thinking": _thinking, "rubric": _rubric}
     if function not in builtin:
         raise ConfigError(
             f"Unknown reward function '{function}'",
@@ -143,6 +143,13 @@ def _length(task: Task, unit: str = "characters") -> RewardFn:
     if unit not in ("characters", "words"):
         raise ConfigError("Unknown unit of length", where="reward length", got=unit, expected="characters or words")
     return lambda texts, rows: [float(len(text) if unit == "characters" else len(text.split())) for text in texts]
+
+
+def _rubric(task: Task, **kwargs: Any) -> RewardFn:
+    """A judge's grades by rubrics (`experiments.rubric_reward`)."""
+    from experiments.rubric_reward import RubricReward
+
+    return RubricReward(**kwargs)
 
 
 def _metric(task: Task, key: str) -> RewardFn:

@@ -33,6 +33,7 @@ class CachedEngine(BaseEngine):
         self.engine, self.folder, self.name = engine, Path(folder), engine.name
         self.chat = getattr(engine, "chat", False)
         self._shard: Any = None
+        self._shard_path = self.folder
         self._where: dict[str, tuple[Path, int]] = {}
         self._hits = 0
         try:
@@ -79,7 +80,8 @@ class CachedEngine(BaseEngine):
         try:
             if self._shard is None:
                 # Unbuffered: one write per answer, so that a kill loses at most the answer being written.
-                self._shard = (self.folder / f"{uuid.uuid4().hex}.jsonl").open("ab", buffering=0)
+                self._shard_path = self.folder / f"{uuid.uuid4().hex}.jsonl"  # one object for all its entries
+                self._shard = self._shard_path.open("ab", buffering=0)
             offset = self._shard.tell()
             if self._shard.write(line) != len(line):
                 raise OSError(28, "the file system took only part of the line")
@@ -91,7 +93,7 @@ class CachedEngine(BaseEngine):
                 got=error.strerror or error,
                 fix="free some space; the same command then goes on from what is stored",
             ) from None
-        self._where[key] = (Path(self._shard.name), offset)
+        self._where[key] = (self._shard_path, offset)
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Result]]]:
         # Asked anew in each call: the weights of a live model change between calls.

@@ -52,7 +52,7 @@ class Direct:
     def by_rubrics(self, questions: Sequence[Question], given: Sequence[Rubric | None]) -> Iterator[Verdict]:
         """One verdict per question, by the rubric given for it."""
         asked = [
-            prompts.judging(question.item.prompt, *question.responses, rubric)
+            prompts.judging(question.item.prompt, *question.responses, rubric=rubric)
             for question, rubric in zip(questions, given, strict=True)
         ]
         for question, result in zip(questions, self.asker.ask(asked, self.begun), strict=True):

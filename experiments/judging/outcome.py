@@ -20,7 +20,6 @@ LEVELS = np.array(["normal", "hard", "easy"])
 def record(cfg: DictConfig, file: Path, writer: Any, benchmark: Any) -> dict[str, float]:
     """Write eval.parquet from the verdicts in `file`, and with judge.step=bench table.md and figures; the figures."""
     from experiments.judging.table import report
-    from experiments.scoring import summarise
 
     verdicts = arrays(read_verdicts(file), str(file))
     if cfg.judge.step == "bench":
@@ -30,7 +29,10 @@ def record(cfg: DictConfig, file: Path, writer: Any, benchmark: Any) -> dict[str
     values: dict[str, float] = {"verdicts": float(verdicts.count)}
     if len(frame):
         writer.eval(frame, step=0)
-        values |= {f"eval/{key}": value for key, value in summarise(frame).items()}
+        # Without intervals: those of the benchmark are in its table, and `assay report` makes its own over seeds.
+        values |= {f"eval/{name}": mean for name, mean in frame.select_dtypes(float).mean().to_dict().items()}
+        tiers: Any = frame.groupby("tier")["score"].mean()
+        values |= {f"eval/score/{tier}": mean for tier, mean in tiers.to_dict().items()}
     return values
 
 

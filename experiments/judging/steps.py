@@ -98,8 +98,9 @@ def _window(
             counts["verdicts with rubric"] += len(given)
             line |= {"verdicts": [verdict.choice for verdict in given], "kept": keep}
             if keep:
-                shown = (question.item.prompt, *question.responses, rubric)
-                kept.append((data.generator_row(*shown), data.judge_row(*shown, given[0].text)))
+                prompt, (a, b) = question.item.prompt, question.responses
+                judged = data.judge_row(prompt, a, b, rubric, given[0].text)
+                kept.append((data.generator_row(prompt, a, b, rubric), judged))
         write["rubrics"](line)
     if step == "filter":
         asked = [q for question in window for q in _orders(question, both)]

@@ -49,7 +49,7 @@ class Teacher:
         one, other = self.profile(case, a, rng), self.profile(case, b, rng)
         return [
             rng.choice(case.rules) if rng.random() < self.corrupt else case.rules[k]
-            for k in discriminative(contrast(one, other))
+            for k in discriminative(contrast(one, other).tolist())
         ]
 
 

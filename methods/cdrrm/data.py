@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from methods.cdrrm import prompts
 from methods.cdrrm.parsing import winner
 from methods.cdrrm.rubric import Rubric
+
+Item = TypeVar("Item")
 
 SEED = 42  # of the order of the rows, as in the released code
 
@@ -35,8 +37,8 @@ def judge_row(
     return _row(prompts.judging(prompt, response_a, response_b, rubric), text)
 
 
-def shuffled(rows: Sequence[dict], seed: int = SEED) -> list[dict]:
+def shuffled(rows: Sequence[Item], seed: int = SEED) -> list[Item]:
     """The rows in an order that depends on their number and `seed` alone."""
-    rows = list(rows)
-    random.Random(seed).shuffle(rows)
-    return rows
+    found = list(rows)
+    random.Random(seed).shuffle(found)
+    return found

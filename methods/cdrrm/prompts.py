@@ -145,4 +145,4 @@ def read_grades(text: str, rubric: Rubric) -> tuple[list[float], list[float]]:
     numbers = [float(g) for g in grades if isinstance(g, (int, float)) and not isinstance(g, bool) and 0 <= g <= 1]
     if len(numbers) != len(grades):
         raise Rejected("a grade beyond 0 to 1")
-    return rule_values([rule.type for rule in rubric.rules], passed).tolist(), numbers
+    return rule_values([rule.type for rule in rubric.rules], [float(v or 0) for v in passed]).tolist(), numbers

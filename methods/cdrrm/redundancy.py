@@ -24,9 +24,9 @@ def prune(D_JP: np.ndarray, texts: Sequence[str], threshold: float = JACCARD) ->
     """Rules with a mean of D above 0; of near-duplicates the more discriminative, of equals the first. In order."""
     mean_J = np.asarray(D_JP, float).mean(axis=1)
     kept: list[int] = []
-    for j in np.argsort(-mean_J, kind="stable"):
+    for j in np.argsort(-mean_J, kind="stable").tolist():
         if mean_J[j] > 0 and all(jaccard(texts[j], texts[k]) < threshold for k in kept):
-            kept.append(int(j))
+            kept.append(j)
     return sorted(kept)
 
 
