@@ -47,9 +47,12 @@ _PARAMETERS = (
 )
 SYMBOLS = (
     *ENTITIES, *RELATIONS, *SPECIALISTS, GENERAL, "any", " ", *THOUGHTS.values(), "found",
-    INSTRUCTIONS["en"] + '\n\n<tools>\n{"description": "', '", "name": "', _PARAMETERS + '{"description": "',
-    _PARAMETERS + "</tools>", ASK["en"].format(""),
-    "<think>", '</think>\n<tool_call>{"name": "', '", "arguments": {"query": "', '"}}</tool_call>',
+    INSTRUCTIONS["en"] + '\n\n<tools>\n{"description": "', 'any", "name": "g', _PARAMETERS + '{"description": "',
+    # One token says what a tool serves and its name (which of the sixteen a prompt has changes with each episode), one
+    # what a thought needs and that a call follows: two layers then suffice to look a tool up.
+    *(f'{r}", "name": "{t}' for r in RELATIONS for t in SPECIALISTS),
+    *(f'{r}</think>\n<tool_call>{{"name": "' for r in RELATIONS), _PARAMETERS + "</tools>", ASK["en"].format(""),
+    "<think>", '", "arguments": {"query": "', '"}}</tool_call>',
     "</think>\n<answer>", "</answer>", "\n**1**\ntitle: ", "\ncontent: ",
     *(f"{'' if i == 1 else chr(10)}**{i}**\ntitle: " for i in range(1, 9)), "error: ", "nothing",
 )  # fmt: skip
@@ -278,7 +281,6 @@ def _passage(key: str, facts: Mapping[str, str]) -> Passage:
 
 def _schema(name: str, serves: str) -> Schema:
     parameters = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
-    # In this order a tiny model can look a tool up: what it serves, then its name, as in a call that follows a thought.
     return {"description": serves, "name": name, "parameters": parameters}
 
 
