@@ -77,7 +77,7 @@ def model_stages(cfg: DictConfig) -> list[str]:
 
 @contextlib.contextmanager
 def set_up(cfg: DictConfig, output: files.Output, own: Bank | None) -> Iterator[tuple[Recipe, Session | None, Cost]]:
-    """The recipe, the session with the engine (None without one), and what was paid for so far. `own`: the user's bank."""
+    """The recipe, the session with the engine (None without one), what was paid for so far. `own`: the user's bank."""
     from experiments.engines.session import open_session
 
     stages = model_stages(cfg)

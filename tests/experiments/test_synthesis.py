@@ -1,4 +1,4 @@
-"""assay synth-data: the same files however often it is stopped, no answer paid twice, and an endpoint that misbehaves."""
+"""assay synth-data: the same files however often it is stopped, no answer paid twice, a misbehaving endpoint."""
 
 from __future__ import annotations
 
@@ -506,7 +506,7 @@ def test_planted_mistakes_can_be_left_out_of_the_loss(job):
     from experiments.weights import LoadedModel
 
     class Model:
-        class generation_config:  # noqa: N801
+        class generation_config:
             eos_token_id = None
 
     rows = [r for r in ToolForge(path=str(job()), eval_fraction=0).rows("train", 0) if r.meta["mistakes"]]
@@ -515,7 +515,8 @@ def test_planted_mistakes_can_be_left_out_of_the_loss(job):
 
     def trained(train_mistakes):
         made = encode(demonstrated([row], train_mistakes)[0], loaded)
-        return "".join(loaded.tokenizer.convert_ids_to_tokens([i for i, m in zip(made["input_ids"], made["labels"], strict=True) if m != IGNORED]))  # fmt: skip
+        ids = [i for i, label in zip(made["input_ids"], made["labels"], strict=True) if label != IGNORED]
+        return "".join(loaded.tokenizer.convert_ids_to_tokens(ids))
 
     turns = [m["content"] for m in row.meta["messages"] if m["role"] == "assistant"]
     assert trained(True) == "".join(turn + "<eos>" for turn in turns)

@@ -265,7 +265,8 @@ def test_letters_of_other_scripts_count(record):
 
 def test_two_facts_from_one_article_may_pass(bank):
     source = Item("q", "Where was Lena Falk born?", "Oslo", "bridge",
-                  (Passage("Lena Falk", "She was born in Oslo."), Passage("Lena Falk", "Her mother was a singer.")), item().pool)  # fmt: skip
+                  (Passage("Lena Falk", "She was born in Oslo."), Passage("Lena Falk", "Her mother was a singer.")),
+                  item().pool)  # fmt: skip
     _, made = dialogue("A1", bank, source=source)
     assert made.kept and check(made.record)["references"]
     made.record[4]["argument_all_reference"][0]["data"].append({"title": "Lena Falk", "content": "She was tall."})
@@ -342,7 +343,7 @@ def test_a_question_of_three_rounds_is_skipped(bank):
     hops = [{"question": q, "answer": a, "paragraph_support_idx": i} for i, (q, a) in
             enumerate((("who?", "Ann"), ("where is #1?", "Rome"), ("when was #2 founded?", "753")))]  # fmt: skip
     record = {"question": "q?", "answer": "753", "decomposition": hops,
-              "context": [{"title": f"t{i}", "text": f"text {i} 753", "is_supporting": True} for i in range(3)]}  # fmt: skip
+              "context": [{"title": f"t{i}", "text": f"{i} 753", "is_supporting": True} for i in range(3)]}  # fmt: skip
     with pytest.raises(Skip, match="more than two rounds"):
         by_rule(read_item(record), bank)
 
@@ -474,8 +475,8 @@ def test_the_bank_has_the_measured_proportions():
         every = [schema["parameters"] for variants in bank.tools.values() for schema in variants]
         assert len(bank.tools) == 22 and len(every) == len(bank.owner) == 440
         sizes, required = [len(p["properties"]) for p in every], [len(p["required"]) for p in every]
-        assert 4 <= min(sizes) and max(sizes) <= 9 and 6.5 < sum(sizes) / 440 < 7.5
-        assert 2 <= min(required) and max(required) <= 5 and 3 < sum(required) / 440 < 4
+        assert min(sizes) >= 4 and max(sizes) <= 9 and 6.5 < sum(sizes) / 440 < 7.5
+        assert min(required) >= 2 and max(required) <= 5 and 3 < sum(required) / 440 < 4
     assert any("\u4e00" <= c <= "\u9fff" for c in described(bank.tools["person_information_search"][0]))
 
 
@@ -493,7 +494,8 @@ def test_clashing_names_are_refused_or_numbered():
 
 @pytest.mark.parametrize(
     "bad",
-    [None, {}, tool(""), tool("a b"), tool("a", required=[]), tool("a", required=["query", "x"]), tool("a", properties={}),
+    [None, {}, tool(""), tool("a b"), tool("a", required=[]), tool("a", required=["query", "x"]),
+     tool("a", properties={}),
      tool("a", required="query"), tool("a") | {"description": " "},
      tool("a", properties={f"p{i}": {} for i in range(10)} | {"query": {}})],
 )  # fmt: skip
@@ -582,7 +584,7 @@ def test_text_in_a_prompt_cannot_close_its_block(bank):
 
 def test_the_rule_judge_wants_the_mistake_named(bank):
     for name in ("A3", "C4", "C9"):
-        source, made = dialogue(name, bank, source=sources()[name[0]])
+        _source, made = dialogue(name, bank, source=sources()[name[0]])
         assert judge.by_rule(made.record) == (True, "")
         for i in SHAPES[name].mistakes:
             silent = copy.deepcopy(made.record)
@@ -600,7 +602,7 @@ CORRUPT = {
     "answer": lambda turns: [*turns[:-1], {"think": "t", "answer": "Bergen"}],
     "retries": lambda turns: [turns[0], turns[2], turns[2], turns[3]],
     "tools": lambda turns: [{"think": "t", "calls": turns[1]["calls"]}, *turns[1:]],
-    "schema": lambda turns: [{"think": "t", "calls": [{"name": c["name"], "arguments": {"query": "q"}} for c in turns[0]["calls"]]}, *turns[1:]],
+    "schema": lambda turns: [{"think": "t", "calls": [turns[0]["calls"][0] | {"arguments": {}}]}, *turns[1:]],
 }  # fmt: skip
 
 
