@@ -52,7 +52,10 @@ def test_two_hops_end_at_the_answer(rows):
         start, first, second = case.item.question.split()
         assert case.facts[f"{case.facts[f'{start} {first}']} {second}"] == row.answer
     assert [row.id for row in task.rows("eval", 0)] == [row.id for row in task.rows("eval", 0)]
-    assert not {row.prompt[0]["content"] for row in rows} & {row.prompt[0]["content"] for row in task.rows("test", 0)}
+    asked = [
+        {row.prompt[0]["content"] + row.prompt[1]["content"] for row in part} for part in (rows, task.rows("test", 0))
+    ]
+    assert not asked[0] & asked[1]
 
 
 def test_tools_serve_their_relation_unless_out_of_order():
