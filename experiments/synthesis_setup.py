@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # raise it with any change that makes other conversations from the same settings
 # What does not change a single line of what is written.
-NO_MATTER = ("output", "overwrite", "cache", "window", "input")
+NO_MATTER = ("output", "overwrite", "cache", "window", "input", "results_dir")
 PATIENCE = (
     "concurrency",
     "timeout",
