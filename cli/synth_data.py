@@ -23,7 +23,7 @@ def synth_data(
       assay synth-data 'input=[hotpotqa.jsonl.gz,musique.jsonl.gz]' output=forged 'languages=[en,zh]'
       assay synth-data input=triples.parquet engine=openai engine.url=http://localhost:8000/v1 window=512
       assay synth-data input=triples.jsonl engine=openai engine.url=https://api.openai.com/v1 engine.model=gpt-4.1 \\
-          engine.api_key_env=OPENAI_API_KEY 'engine.prices={prompt: 2.0, completion: 8.0}' conversations=200
+          engine.api_key_env=OPENAI_API_KEY engine.prices.prompt=2 engine.prices.completion=8 conversations=200
       assay synth-data input=triples.jsonl engine=transformers model=smollm2 max_tokens=256 stages.plan=template
       assay synth-data input=triples.jsonl tools.path=my_tools.jsonl rules=release
 

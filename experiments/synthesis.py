@@ -42,13 +42,14 @@ def run(cfg: DictConfig) -> Path:
     from experiments import synthesis_report as report
     from experiments.engines.progress import progress_bar
     from experiments.signals import StopSignals
-    from experiments.synthesis_setup import job_key, open_output, set_up
+    from experiments.synthesis_setup import job_key, open_output, own_bank, set_up
 
     check(cfg)
     sources = files.input_files(_plain(cfg.input))
     content, total = files.measured(sources)
     if not total:
         raise ConfigError("The input has no rows", where="input", got=", ".join(map(str, sources)))
+    own = own_bank(cfg)
     output = open_output(cfg, job_key(cfg, content))
     if output.finished:
         print(f"{output.folder}: finished earlier, skipped", file=sys.stderr)
@@ -56,7 +57,7 @@ def run(cfg: DictConfig) -> Path:
     began = time.monotonic()
     with (
         StopSignals("waiting for the answers under way, then stopping") as stop,
-        set_up(cfg, output) as (recipe, session, cost),
+        set_up(cfg, output, own) as (recipe, session, cost),
     ):
         forge = Forge(recipe, session, cfg, output.state)
         try:

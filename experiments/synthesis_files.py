@@ -126,6 +126,8 @@ class Output:
             with os_errors(folder / name), (folder / name).open("ab") as file:
                 file.truncate(sizes.get(name, 0))
         self.files = {name: (folder / name).open("ab") for name in APPENDED}
+        if not sizes:  # from now on the folder says whose it is
+            self.save()
 
     @property
     def finished(self) -> bool:

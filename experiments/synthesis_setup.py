@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # raise it with any change that makes other conversations from the same settings
 # What does not change a single line of what is written.
-NO_MATTER = ("output", "overwrite", "cache", "window", "input")
+NO_MATTER = ("output", "overwrite", "cache", "window", "input", "results_dir")
 PATIENCE = (
     "concurrency",
     "timeout",
@@ -76,8 +76,8 @@ def model_stages(cfg: DictConfig) -> list[str]:
 
 
 @contextlib.contextmanager
-def set_up(cfg: DictConfig, output: files.Output) -> Iterator[tuple[Recipe, Session | None, Cost]]:
-    """The recipe, the session with the engine (None without one), and what was paid for so far."""
+def set_up(cfg: DictConfig, output: files.Output, own: Bank | None) -> Iterator[tuple[Recipe, Session | None, Cost]]:
+    """The recipe, the session with the engine (None without one), what was paid for so far. `own`: the user's bank."""
     from experiments.engines.session import open_session
 
     stages = model_stages(cfg)
@@ -98,7 +98,8 @@ def set_up(cfg: DictConfig, output: files.Output) -> Iterator[tuple[Recipe, Sess
             now = engine.cost() if engine is not None else {}
             return {key: before.get(key, 0) + now.get(key, 0) for key in {**before, **now}}
 
-        banks = banks_of(cfg, output.folder, gate, session if "tools" in stages else None)
+        banks = dict.fromkeys(cfg.languages, own) if own else {}
+        banks = banks or banks_of(cfg, output.folder, gate, session if "tools" in stages else None)
         recipe = Recipe(
             banks,
             model=[stage for stage in stages if stage != "tools"],
@@ -154,9 +155,6 @@ def fused_search(pool: Sequence[Passage], embed: Embed) -> Search:
 
 def banks_of(cfg: DictConfig, folder: Path, gate: DualGate, session: Session | None) -> dict[str, Bank]:
     """The bank of each language, written to `tools.jsonl` when first made and read from there afterwards."""
-    if cfg.tools.path:
-        bank = Bank.from_rows(_rows(cfg.tools.path))
-        return dict.fromkeys(cfg.languages, bank)
     target = folder / "tools.jsonl"
     if not target.exists():
         rows: list[dict] = []
@@ -173,6 +171,11 @@ def banks_of(cfg: DictConfig, folder: Path, gate: DualGate, session: Session | N
         replace(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     rows = list(files.read_lines(target))
     return {name: Bank.from_rows(row for row in rows if row["language"] == name) for name in cfg.languages}
+
+
+def own_bank(cfg: DictConfig) -> Bank | None:
+    """The user's bank, if one is given. Raises DataError for schemas that are none and names that clash."""
+    return Bank.from_rows(_rows(cfg.tools.path)) if cfg.tools.path else None
 
 
 def _rows(path: str) -> Iterator[dict]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
@@ -18,6 +20,10 @@ import httpx
 import tenacity
 
 from methods.errors import ConfigError, RunError
+
+# httpcore looks for this package several times in each request; where it is missing, along the whole path.
+if importlib.util.find_spec("sniffio") is None:
+    sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type]
 
 # httpx reports every request at level INFO; a thousand lines would bury the progress.
 logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -66,6 +72,7 @@ class Endpoint:
         self.attempts, self.backoff = attempts, backoff
         self.retries, self.seconds_waited = 0, 0.0
         self._last_answer = float("-inf")
+        self._ssl: Any = None
 
     def client(self) -> httpx.AsyncClient:
         """A connection pool. Raises ConfigError if the named environment variable is not set."""
@@ -83,7 +90,9 @@ class Endpoint:
                 raise ConfigError("The API key holds characters that no key has", where=self.api_key_env)
             headers["Authorization"] = f"Bearer {key}"
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        return httpx.AsyncClient(timeout=self.timeout, headers=headers, limits=limits)
+        # Made once: a context reads all certificates of the machine.
+        self._ssl = self._ssl or httpx.create_ssl_context()
+        return httpx.AsyncClient(timeout=self.timeout, headers=headers, limits=limits, verify=self._ssl)
 
     async def send(
         self, client: httpx.AsyncClient, verb: str, path: str, body: dict | None, read: Callable[[Any], Any]

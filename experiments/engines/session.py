@@ -146,23 +146,24 @@ class LiveSession:
             self._inbox.put(error)
 
     async def _serve(self) -> None:
-        async with self.engine.service.client() as client:
-            workers = [asyncio.create_task(self._worker(client)) for _ in range(self.engine.service.concurrency)]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+        workers = [asyncio.create_task(self._worker()) for _ in range(self.engine.service.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _worker(self, client: Any) -> None:
-        while (item := await self._todo.get()) is not None:
-            tag, key, request = item
-            results = await self.engine.answer(client, request)
-            self.engine.count(results)
-            if self.cache is not None:
-                self.cache.store(key, results)
-            self._inbox.put((tag, key, results))
+    async def _worker(self) -> None:
+        # A client of its own for each: httpcore looks through all connections of a pool at every request.
+        async with self.engine.service.client() as client:
+            while (item := await self._todo.get()) is not None:
+                tag, key, request = item
+                results = await self.engine.answer(client, request)
+                self.engine.count(results)
+                if self.cache is not None:
+                    self.cache.store(key, results)
+                self._inbox.put((tag, key, results))
 
     def _stop(self) -> None:
         """Lets every worker finish what it asked and take nothing more."""

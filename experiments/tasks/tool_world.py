@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -47,9 +47,12 @@ _PARAMETERS = (
 )
 SYMBOLS = (
     *ENTITIES, *RELATIONS, *SPECIALISTS, GENERAL, "any", " ", *THOUGHTS.values(), "found",
-    INSTRUCTIONS["en"] + '\n\n<tools>\n{"description": "', '", "name": "', _PARAMETERS + '{"description": "',
-    _PARAMETERS + "</tools>", ASK["en"].format(""),
-    "<think>", '</think>\n<tool_call>{"name": "', '", "arguments": {"query": "', '"}}</tool_call>',
+    INSTRUCTIONS["en"] + '\n\n<tools>\n{"description": "', 'any", "name": "g', _PARAMETERS + '{"description": "',
+    # One token says what a tool serves and its name (which of the sixteen a prompt has changes with each episode), one
+    # what a thought needs and that a call follows: two layers then suffice to look a tool up.
+    *(f'{r}", "name": "{t}' for r in RELATIONS for t in SPECIALISTS),
+    *(f'{r}</think>\n<tool_call>{{"name": "' for r in RELATIONS), _PARAMETERS + "</tools>", ASK["en"].format(""),
+    "<think>", '", "arguments": {"query": "', '"}}</tool_call>',
     "</think>\n<answer>", "</answer>", "\n**1**\ntitle: ", "\ncontent: ",
     *(f"{'' if i == 1 else chr(10)}**{i}**\ntitle: " for i in range(1, 9)), "error: ", "nothing",
 )  # fmt: skip
@@ -132,8 +135,9 @@ class ToolWorld(Task):
         return shuffled(rows, seed, "tool_world", split)
 
     def warm_rows(self, seed: int) -> list[Row]:
-        """Dialogues of one hop."""
-        return self._dialogues(self.warm_shapes, 1, self.warm, derive(seed, "tool_world", "warm"))
+        """Dialogues of one hop, by a writer that invents nothing."""
+        honest = replace(self, invented=0.0, checked=list(NAMES))
+        return honest._dialogues(self.warm_shapes, 1, self.warm, derive(seed, "tool_world", "warm"))
 
     def _dialogues(self, shapes: Sequence[str], hops: int, count: int, seed: int) -> list[Row]:
         """So many dialogues that passed the checks. RunError where hardly any passes."""
@@ -278,7 +282,6 @@ def _passage(key: str, facts: Mapping[str, str]) -> Passage:
 
 def _schema(name: str, serves: str) -> Schema:
     parameters = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
-    # In this order a tiny model can look a tool up: what it serves, then its name, as in a call that follows a thought.
     return {"description": serves, "name": name, "parameters": parameters}
 
 
