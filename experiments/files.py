@@ -54,12 +54,12 @@ def os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = f"{error.strerror or error} (errno {error.errno})"
         if error.errno in _WRONG_PLACE:
-            fix = "choose a folder that can be created and written to, for example results_dir=/some/other/folder"
-            raise ConfigError("This run's record cannot be written", where=str(path), got=reason, fix=fix) from error
-        fix = "check the disk and run the same line again to go on from the last checkpoint"
+            fix = "choose a place that can be written to; results_dir=/some/other/folder moves the record of a run"
+            raise ConfigError("A file cannot be written", where=str(path), got=reason, fix=fix) from error
+        fix = "check the place and the disk, and run the same line again; a run goes on from its last checkpoint"
         if error.errno in _NO_ROOM:
             fix = "free some space or raise the file size limit, then run the same line again to go on"
-        raise RunError("Writing this run's record failed", where=str(path), got=reason, fix=fix) from error
+        raise RunError("Writing a file failed", where=str(path), got=reason, fix=fix) from error
 
 
 def replace(path: Path, data: bytes) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.files import os_errors
 from experiments.memory_file import graph_of
 from methods.graph_memory.graph import Memory
-from methods.graph_memory.relevance import best, candidate_probabilities
+from methods.graph_memory.relevance import best
 
 MOST_QUESTIONS = 1000  # looked at for the listing
 MOST_DRAWN = 40  # questions in the drawing
@@ -17,10 +18,10 @@ SHORT |= {"AnswerGeneration": "Answer"}
 
 
 def listing(memory: Memory, neighbours: int = 5, shown: int = 3) -> str:
-    """The strategies by weight, then what the memory recommends by the path on which questions were answered.
+    """The strategies by weight, then what questions are told, by the path on which they were answered.
 
     weight: mean over the paths that lead to the strategy. first: share of the stored questions for which it is the
-    most relevant. evidence: questions for it, and against.
+    most relevant. evidence: questions for it, and against. A question is told its `shown` most relevant strategies.
     """
     Q, J, M = memory.sizes
     lines = [f"{Q} questions, {J} paths, {M} strategies", ""]
@@ -29,20 +30,22 @@ def listing(memory: Memory, neighbours: int = 5, shown: int = 3) -> str:
     some = memory.embedding_QD[:MOST_QUESTIONS]
     relevance_BM = memory.activate(some, neighbours).relevance_BM
     first_M = np.bincount([k for row in relevance_BM for k in best(row, 1)], minlength=M) / max(len(some), 1)
+    told_BM = np.zeros_like(relevance_BM)
+    for told_M, relevance_M in zip(told_BM, relevance_BM, strict=True):
+        told_M[best(relevance_M, shown)] = 1
     weight_M = memory.mean_weights()
     lines.append("weight  first  evidence  kind         strategy")
     for k in np.argsort(-weight_M, kind="stable"):
         s = memory.strategies[k]
         evidence = f"{s.support}:{s.contradictions}" if s.observations else "-"
         lines.append(f"{weight_M[k]:6.2f}  {first_M[k]:4.0%}  {evidence:>9}  {s.kind:<11}  {_visible(s.text)}")
-    p_BM = candidate_probabilities(relevance_BM)
     for j in range(J):
         won = memory.to_paths.source_E[(memory.to_paths.target_E == j) & (memory.to_paths.count_E2[:, 0] > 0)]
         won = won[won < len(some)]
         if len(won):
-            mean_M = p_BM[won].mean(0)
-            lines += ["", f"{len(won)} questions were answered by {_short(memory.paths[j])}; they are told"]
-            lines += [f"  {mean_M[k]:4.0%}  {_visible(memory.strategies[k].text)}" for k in best(mean_M, shown)]
+            share_M = told_BM[won].mean(0)
+            lines += ["", f"{len(won)} questions were answered by {_short(memory.paths[j])}; of them are told"]
+            lines += [f"  {share_M[k]:4.0%}  {_visible(memory.strategies[k].text)}" for k in best(share_M, M)]
     return "\n".join(lines)
 
 
@@ -83,7 +86,8 @@ def draw(memory: Memory, path: str | Path) -> Path:
         ax.set_title(f"Questions{kept} (green: answered), paths, strategies; width = weight")
         ax.set_xlim(-0.7, 3.0)
         ax.axis("off")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         save(figure, path)
     return path.with_suffix(".png")
 

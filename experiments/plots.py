@@ -111,7 +111,7 @@ def _side_by_side(study: Study, panels: Sequence[tuple[str, dict[str, Curve]]], 
     hues = colours(study)
     for axis, (title, curves) in zip(axes[0], panels, strict=True):
         for arm in sorted(curves, key=lambda arm: arm != study.baseline):
-            _line(axis, curves[arm], hues[arm], len(study.arms) <= 5)
+            _line(axis, curves[arm], hues[arm], len(curves) <= 5)
         axis.set_title(title, loc="left")
         _dress(axis)
     axes[0][0].set_ylabel(quantity)

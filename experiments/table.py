@@ -21,6 +21,7 @@ CAPTIONS = {
     "Learning curves": "Learning curves: mean over seeds with a 95 % band (t over seeds; over items for one seed).",
     "Paired differences": "Paired differences with 95 % intervals; a filled mark: the interval excludes zero.",
     "Along the axis": "Each arm at its place on the axis, one curve per tier: mean over seeds with a 95 % band.",
+    "Logged values": "Values logged during training: mean over seeds with a 95 % band (t over seeds).",
 }
 DEMONSTRATION = "a demonstration, not a test"
 _PRIVATE = {"seed", "arm", "name", "experiment", "results_dir", "pair", "jobs", "hydra", "config_hash"}

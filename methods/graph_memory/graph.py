@@ -244,8 +244,11 @@ class Memory:
         self.refuse_other_width(embedding_BD)
         found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
         for start in range(0, len(embedding_BD) if self.questions else 0, ROWS):
-            part_BD = unit(embedding_BD[start : start + ROWS])
-            similarity_BQ = np.ascontiguousarray((self.embedding_QD @ part_BD.T).T)  # faster than the other way round
+            part_BD, stored_QD = unit(embedding_BD[start : start + ROWS]), self.embedding_QD
+            used = np.flatnonzero(part_BD.any(axis=0))
+            if 2 * len(used) < part_BD.shape[1]:  # hashed words of short questions: most columns add nothing
+                part_BD, stored_QD = part_BD[:, used], stored_QD.take(used, axis=1)
+            similarity_BQ = np.ascontiguousarray((stored_QD @ part_BD.T).T)  # faster than the other way round
             row, column = nearest_of(similarity_BQ, count)
             found.append((row + start, column, np.minimum(similarity_BQ[row, column], 1.0)))
         row_N, question_N, similarity_N = (np.concatenate(parts) for parts in zip(*found, strict=True))

@@ -108,7 +108,12 @@ def test_the_listing_can_be_read(memory):
     best = next(line for line in text.splitlines() if "contrast" in line)
     wanted = "1.75 100% 2:1 contrast After Start prefer ToolExecution over AnswerGeneration."
     assert " ".join(best.split()) == wanted
-    assert "2 questions were answered by Tool > Analysis > Answer; they are told" in text
+    _, _, told = text.partition("2 questions were answered by Tool > Analysis > Answer; of them are told\n")
+    assert [" ".join(line.split()) for line in told.splitlines()[:3]] == [
+        "100% After Start prefer ToolExecution over AnswerGeneration.",
+        "100% After Start prefer AnswerGeneration over ToolExecution.",
+        "100% Be polite.",
+    ]
     memory.strategies[0].text = "After\x1b[2J Start"
     assert "After?[2J Start" in memory_report.listing(memory)  # a terminal would obey it
     assert memory_report.listing(Memory()) == "0 questions, 0 paths, 0 strategies"

@@ -445,6 +445,7 @@ def test_logged_values_are_drawn_for_the_arms_named(results):
     assert panel.get_title(loc="left") == "A reward" and panel.get_ylabel() == "height" and len(panel.lines) == 2
     series = [r.metrics.set_index("step")["reward"] for r in study.arms["good"]]
     assert list(panel.lines[0].get_ydata()) == pytest.approx(list(sum(series) / len(series)))
+    assert set(table.CAPTIONS) >= {"Logged values"}
 
 
 # ---------------------------------------------------------------- the sample browser

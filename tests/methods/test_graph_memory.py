@@ -441,3 +441,14 @@ def test_weights_learn_which_strategy_helps_and_controls_do_not():
     }
     assert means["trained"] > 0.5 and means["flipped"] < -0.2, means
     assert abs(means["frozen"]) < 0.1 and abs(means["shuffled"]) < 0.25, means
+
+
+def test_columns_that_no_question_uses_change_nothing():
+    """Sparse questions are compared on their own columns only; a dense one beside them on all."""
+    rng = np.random.default_rng(0)
+    stored, sparse = rng.normal(size=(40, 32)).astype(np.float32), np.zeros((3, 32), np.float32)
+    sparse[:, 5:12] = rng.normal(size=(3, 7))
+    m = Memory([f"q{i}" for i in range(40)], stored / np.linalg.norm(stored, axis=1, keepdims=True))
+    alone, beside = m.neighbours(sparse, 4), m.neighbours(np.concatenate([sparse, stored[:1]]), 4)
+    for a, b in zip(alone, beside, strict=True):
+        assert a == pytest.approx(b[: len(a)], abs=1e-6) and len(a) == 12
