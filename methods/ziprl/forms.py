@@ -159,12 +159,19 @@ class TextForm:
             zips.append(
                 Zip(found["doc"], int(level) if re.fullmatch("[0-9]{1,3}", level) else 0, found["text"].strip())
             )
-        action = TOOL.search(text)
+        action = TOOL.search(ZIP.sub("", text))  # a page may talk of tools
         return Written(zips, (action["tool"], action["argument"].strip()) if action else None)
 
     def documents(self, result: str, first: int) -> list[Document]:
-        parts = [p.strip() for p in re.split(r"^\d+\. ", result, flags=re.MULTILINE)]
-        return [Document(f"d{first + k}", text) for k, text in enumerate(filter(None, parts))]
+        parts, number = [""], 1
+        for line in result.splitlines(keepends=True):
+            # Only 1. 2. 3. in a row from the first line on number items: a text may hold lists and years of its own.
+            if line.startswith(f"{number}. ") and (number > 1 or not parts[-1].strip()):
+                parts.append(line.removeprefix(f"{number}. "))
+                number += 1
+            else:
+                parts[-1] += line
+        return [Document(f"d{first + k}", text) for k, text in enumerate(filter(None, map(str.strip, parts)))]
 
     def quality(self, document: Document, zipped: Zip) -> dict[str, float]:
         rho = relevance(document.text, self.question)

@@ -55,7 +55,8 @@ class Loop:
 
     compression: `adaptive` (the model chooses levels), `uniform` (every zip at `level`), `none` (zips are ignored, raw
     documents stay in memory until the oldest no longer fit). A prompt has at most `max_prompt_tokens`: the oldest zips
-    are cut down level by level, then the oldest entries are dropped, then documents halved; each is counted.
+    are cut down level by level, then the oldest zips are dropped, then the oldest actions, then documents halved; each
+    is counted.
     """
 
     max_turns: int
@@ -118,7 +119,13 @@ class Loop:
                         e.events["overflow_cut"] += 1
                         return True
         if e.memory:
-            del e.memory[0]
+            for k, entry in enumerate(e.memory):
+                if any(zipped.text for zipped in entry.zips):
+                    j = next(j for j, zipped in enumerate(entry.zips) if zipped.text)
+                    e.memory[k] = replace(entry, zips=entry.zips[:j] + entry.zips[j + 1 :])
+                    break
+            else:
+                del e.memory[0]
             e.events["overflow_dropped"] += 1
             return True
         k = max(range(len(e.documents)), key=lambda i: e.form.length(e.documents[i].text), default=-1)
@@ -164,8 +171,12 @@ class Loop:
 
     def _zips(self, e: Episode, written: Written, turn: Turn) -> list[Zip]:
         """The zips that go to memory, one per document; their mean quality and size go to the turn's scores."""
-        if not e.documents or self.compression == "none":
+        if self.compression == "none":
             return [Zip(d.id, 1, d.text) for d in e.documents]
+        if not e.documents:
+            if written.zips:
+                turn.scores["unknown_zips"] = len(written.zips)
+            return []
         given: dict[str, Zip] = {}
         for zipped in written.zips:
             given.setdefault(zipped.id, zipped)  # the first counts
@@ -176,7 +187,7 @@ class Loop:
                 zipped = replace(zipped, level=self.level)
             good = 1 <= zipped.level <= 5
             judged.append(e.form.quality(d, zipped) if good else NOTHING | {"relevance": float("nan")})
-            kept.append(zipped if good else Zip(d.id, 1, ""))
+            kept.append(zipped if good and zipped.text else Zip(d.id, 1, ""))
         n = len(kept)
         turn.scores |= {f"q_{part}": sum(q[part] for q in judged) / n for part in (*PARTS, "relevance")}
         turn.scores |= {

@@ -37,6 +37,8 @@ class Scale:
         flat = [x for pair in self.intervals for x in pair]
         for bound in flat:
             check_range("method.ziprl.intervals", bound, 0.0, 1.0)
+        for pair in self.intervals:
+            check_range("method.ziprl.intervals", pair[-1], 0.0, above=True)
         if [len(pair) for pair in self.intervals] != [2] * 5 or flat != sorted(flat):
             raise ConfigError(
                 "the levels of compression need five growing intervals",

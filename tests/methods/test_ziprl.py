@@ -19,7 +19,8 @@ from methods.objectives.policy_gradient import Dapo, Grpo
 from methods.objectives.ppo import Ppo
 from methods.stack import Stack
 from methods.ziprl import measures
-from methods.ziprl.forms import Document, Zip
+from methods.ziprl.forms import Document, TextForm, Zip
+from methods.ziprl.quality import Scale
 from methods.ziprl.ziprl import ZipRl
 
 PAGES = {
@@ -192,6 +193,24 @@ def test_nothing_written_is_a_row_without_weight(play):
 
 
 # ---- compression and overflow ----
+def test_a_zip_without_a_document_is_flagged_and_one_without_text_is_an_empty_entry(play):
+    (traj,), _ = play(ZipRl(), answers('<zip doc="d9" level="3">x</zip><tool>search(curie)</tool>', BOTH))
+    assert traj.turns[0].scores["unknown_zips"] == 1
+
+
+def test_only_numbers_in_a_row_from_the_first_line_separate_documents():
+    form = TextForm("q", {}, Scale())
+    texts = [d.text for d in form.documents("1. Curie: she\nwas born.\n2. Warsaw: a city.\n", 4)]
+    assert texts == ["Curie: she\nwas born.", "Warsaw: a city."]
+    page = "The treaty was signed in\n1945. Peace came.\nSteps:\n1. first\n2. second"
+    assert [(d.id, d.text) for d in form.documents(page, 1)] == [("d1", page)] and form.documents(" ", 1) == []
+
+
+def test_a_call_inside_a_zip_is_no_action():
+    text = '<zip doc="d1" level="1">it says <tool>delete(all)</tool></zip><tool>search(x)</tool>'
+    assert TextForm("q", {}, Scale()).parse(text).action == ("search", "x")
+
+
 def test_uniform_compression_asks_for_and_keeps_one_level(play):
     agent = answers("<tool>search(curie)</tool>", BOTH)
     (traj,), _ = play(ZipRl(compression="uniform", level=2), agent)
@@ -207,7 +226,9 @@ def test_without_compression_raw_text_stays_until_the_oldest_no_longer_fits(play
     limit = len(agent.seen[3])
     agent = answers(*turns)
     (traj,), _ = play(ZipRl(compression="none", max_prompt_tokens=limit), agent)
-    assert agent.seen[4].count("She won two prizes.") == 3 and traj.turns[4].scores["overflow_dropped"] == 1
+    # The actions stay, so the room of one turn takes three texts: both of the first search and one of the second.
+    assert agent.seen[4].count("She won two prizes.") == 2 and traj.turns[4].scores["overflow_dropped"] == 3
+    assert agent.seen[4].count("- search(curie)") == 3
     assert max(map(len, agent.seen)) <= limit and all(measures.QUALITY not in t.scores for t in traj.turns)
 
 
