@@ -184,6 +184,15 @@ class Memory:
             self.embedding_QD = np.concatenate([stored_QD, unit(embedding_BD[fresh])])
         self.to_paths = joined([self.to_paths, _edges(rows, 1.0)])
 
+    def outcomes(self, text: str) -> Counter:
+        """How often each (path, success) was met on a stored question, older paths first."""
+        edges, question = self.to_paths, self.index_of[text]
+        mine = slice(*(int(np.searchsorted(edges.source_E, question, side)) for side in ("left", "right")))
+        found: Counter = Counter()
+        for path, counts in zip(edges.target_E[mine], edges.count_E2[mine], strict=True):
+            found |= {(self.paths[path], won): int(n) for won, n in zip((True, False), counts, strict=True) if n}
+        return found
+
     def path(self, states: Path) -> int:
         if states not in self._path_of:
             self._path_of[states] = len(self.paths)

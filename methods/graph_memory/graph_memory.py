@@ -186,7 +186,10 @@ class GraphMemory(Method):
         p_B = p_BM[np.arange(len(chosen_B)), chosen_B]
         slope_BM[p_B == 0] = 0.0  # nothing was reached, so nothing was tried
         self.store.step(self.store.gradients(activation, slope_BM), self.learning_rate)
-        self.last |= {"gap": float(gap_B.mean()), "loss": float(-(gap_B * np.log(np.maximum(p_B, 1e-300))).mean())}
+        tried_B = p_B > 0
+        loss_B = -gap_B[tried_B] * np.log(p_B[tried_B])
+        self.last |= {"gap": float(gap_B[tried_B].mean()), "loss": float(loss_B.mean())} if tried_B.any() else {}
+        self.last["tried"] = float(tried_B.mean())
         self.last |= {"p/chosen": float(p_B.mean()), "candidates": float((p_BM > 0).sum(1).mean())}
 
     # ---- records and state ----

@@ -32,28 +32,40 @@ def absorb(
 
     A success and a failure: the commonest successful path against the commonest other failing one. Failures only:
     the commonest successful path of the `neighbours` most similar stored questions that have one, against the
-    commonest failing one, as a speculative strategy. Successes only: nothing. Empty paths are not stored.
+    commonest failing one, as a speculative strategy. Successes only: no strategy. Empty paths are not stored. A
+    question that is met again counts with all its rollouts.
+
+    A question where a path won that a strategy avoids contradicts it once, unless it supports it: one that the strategy
+    was contrasted with, or the successful side of the opposite contrast.
     """
     counted = [Counter((path, won) for path, won in found if path) for found in outcomes]
     memory.add_questions(texts, embedding_BD, counted)
-    for found, embedding_D in zip(counted, embedding_BD, strict=True):
-        if not any(not won for _, won in found):
-            continue
+    for text, embedding_D in zip(texts, embedding_BD, strict=True):
+        found = memory.outcomes(text)
         success = _commonest(found, True)
         kind = "contrast" if success else "speculative"
-        success = success or _similar_success(memory, embedding_D, neighbours)
-        failure = _commonest(found, False, other_than=success)
-        if success and failure:
-            _learn(memory, success, failure, kind, born, write)
+        won = {path for path, success in found if success}
+        supported = refuted = None
+        if any(not success for _, success in found):
+            success = success or _similar_success(memory, embedding_D, neighbours)
+            failure = _commonest(found, False, other_than=success)
+            if success and failure:
+                supported, refuted = write(success, failure), write(failure, success)
+                if supported is not None:
+                    evidence = [(memory.path(success), True), (memory.path(failure), False)]
+                    memory.add_strategy(supported, kind, evidence, born)
+        _contradict(memory, won, supported, refuted)
 
 
-def _learn(memory: Memory, success: Path, failure: Path, kind: str, born: int, write: Writer) -> None:
-    text, opposite = write(success, failure), write(failure, success)
-    if text is None:
-        return
-    memory.add_strategy(text, kind, [(memory.path(success), True), (memory.path(failure), False)], born)
-    if opposite is not None and (refuted := memory.find(opposite)) is not None:
-        refuted.contradictions += 1
+def _contradict(memory: Memory, won: set[Path], supported: str | None, refuted: str | None) -> None:
+    edges = memory.to_strategies
+    avoided_E = (edges.count_E2[:, 1] > 0) & np.isin(edges.source_E, [memory.path(path) for path in won])
+    against = [memory.strategies[k] for k in np.unique(edges.target_E[avoided_E])]
+    opposite, spared = memory.find(refuted or ""), memory.find(supported or "")
+    if opposite is not None and opposite not in against:
+        against.append(opposite)
+    for known in against:
+        known.contradictions += known is not spared
 
 
 def plant(memory: Memory, texts: Sequence[str]) -> None:

@@ -28,8 +28,9 @@ def canonical_path(events: Iterable[str]) -> Path:
     """The states that the events `think`, `tool_call`, `tool_result` and `answer` lead through.
 
     Thinking is planning before the first tool result and analysis after it. An unknown event, or a move that MOVES does
-    not list, gives Invalid in its place, from where any move is legal. Repeats count once; tool calls beyond the third
-    are dropped, with the analysis of their results. No events: the empty path.
+    not list (a call before the result of the last one), gives Invalid in its place, from where any move is legal. Then
+    repeats count once; tool calls beyond the third are dropped, with the analysis of their results. No events: the
+    empty path.
     """
     path: list[str] = []
     informed = False
@@ -37,7 +38,7 @@ def canonical_path(events: Iterable[str]) -> Path:
         state = (ANALYSIS if informed else PLAN) if event == "think" else STATES.get(event, INVALID)
         informed = informed or event == "tool_result"
         here = path[-1] if path else START
-        state = state if state == here or state in MOVES[here] else INVALID
+        state = state if state in MOVES[here] else INVALID
         if state != here:
             path.append(state)
     return _shortened(path)

@@ -118,7 +118,8 @@ T, R = "tool_call", "tool_result"
         (["think", *[T, R] * 6, "answer"], (PLAN, *(TOOL, ANALYSIS) * 3, ANSWER)),
         ([], ()),
         (["dance", "answer"], (INVALID, ANSWER)),
-        (["answer", "answer", T], (ANSWER, INVALID)),
+        (["answer", "answer", T], (ANSWER, INVALID, TOOL)),
+        ([T, T, R], (TOOL, INVALID, ANALYSIS)),
     ],
 )
 def test_canonical_paths(seen, path):
@@ -351,6 +352,21 @@ def test_what_teaches_nothing():
 def test_a_repeated_question_is_one_node():
     m = grown(("a", (1, 0), [(ONCE, True)]), ("a", (1, 0), [(ONCE, True), (DIRECT, True)]))
     assert m.questions == ["a"] and m.to_paths.count_E2.tolist() == [[2, 0], [1, 0]]
+
+
+def test_a_question_met_again_is_contrasted_with_all_its_rollouts():
+    m = grown(("a", (1, 0), [(ONCE, True)]), ("a", (1, 0), [(DIRECT, False)]))
+    (one,) = m.strategies
+    assert (one.text, one.kind, one.support) == (ASK, "contrast", 1) and m.to_strategies.weight_E.tolist() == [1, 1]
+
+
+def test_a_win_of_the_avoided_path_contradicts_whether_or_not_the_other_was_tried():
+    won = [(ONCE, True), (DIRECT, False)]
+    m = grown(("w", (1, 0), won), ("easy", (1, 0), [(DIRECT, True)]), ("sure", (1, 0), [(ONCE, True)]))
+    (ask,) = m.strategies
+    assert (ask.support, ask.contradictions) == (1, 1)
+    grown(("both", (1, 0), [*won, (DIRECT, True)]), memory=m)  # supports it, so it is no evidence against it
+    assert (ask.support, ask.contradictions) == (2, 1)
 
 
 def test_evidence_against_a_strategy_and_pruning():
