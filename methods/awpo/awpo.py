@@ -99,10 +99,10 @@ class Awpo(Method):
             t.rewards[self.reasoning] = value
 
     def _asked(self, trajs: list[Trajectory], ctx: Context) -> list[float]:
-        """The grades of a language model; NaN where it failed or did not answer in the form."""
+        """The grades of a language model; NaN where it failed, was cut off or did not answer in the form."""
         asked: list[Any] = [judge.request(getattr(t.row, "prompt", ""), t.text) for t in trajs]
         answers = [results[0] for results in ctx.judge(asked)]
-        grades = [None if a.finish == "error" else judge.grade(a.text) for a in answers]
+        grades = [judge.grade(a.text) if a.finish == "stop" else None for a in answers]
         return [math.nan if g is None else g for g in grades]
 
     # ---- advantages and clip ----

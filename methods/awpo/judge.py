@@ -48,11 +48,12 @@ def request(prompt: str | list[dict], response: str) -> dict[str, Any]:
 def grade(answer: str) -> float | None:
     """Mean of the five grades in the judge's answer, in {0, 0.1, .., 1}; None for an answer that does not hold them.
 
-    What stands behind the last `</think>` counts; text around the object is ignored.
+    What stands behind the last `</think>` counts, nothing where a `<think>` stays open; text around the object is
+    ignored.
     """
     said = answer.rpartition("</think>")[2]
     start = said.find("{")
-    if start < 0:
+    if start < 0 or "<think>" in said:
         return None
     try:
         grades, _ = json.JSONDecoder().raw_decode(said, start)
