@@ -86,8 +86,11 @@ def value_fits(value: Any, accepted: list, schema: Mapping, language: str = "pyt
         value = _from_source(value, kind, schema, language)
     elif kind == "tuple" and isinstance(value, tuple):
         value = list(value)
-    if expected is float and type(value) is int:
-        value = float(value)
+    if expected is float and type(value) is int and language == "python":
+        try:
+            value = float(value)
+        except OverflowError:  # no float is that large
+            return False
     samples = [item for item in accepted if item != ""][:1]
     # Where the accepted values are of another type than the schema's, they name a variable.
     variable = any(type(sample) is not expected for sample in samples)

@@ -241,6 +241,7 @@ def fits(value: Any, accepted: list, language="python", **schema: Any) -> bool:
         ({"c": 1}, [{"a": [1]}], {"type": "dict"}, False),
         ([{"a": 1}], [[{"a": [1]}]], {"type": "array", "items": {"type": "dict"}}, True),
         ([{"a": 1}, {}], [[{"a": [1]}]], {"type": "array", "items": {"type": "dict"}}, False),
+        (10**400, [5.0], {"type": "float"}, False),
     ],
 )
 def test_values_of_python(value, accepted, schema, right):
@@ -272,6 +273,11 @@ def test_values_of_python(value, accepted, schema, right):
 def test_source_texts_of_java_and_javascript(language, kind, text, value):
     assert fits(text, [value], language, type=kind) and fits(value, [value], language, type=kind)
     assert not fits(text, ["q?"], language, type=kind) and not fits(value, ["q?"], language, type=kind)
+
+
+@pytest.mark.parametrize(("language", "right"), [("python", True), ("java", False), ("javascript", False)])
+def test_a_whole_number_serves_as_a_float_of_python_alone(language, right):
+    assert fits(5, [5.0], language, type="float") == right
 
 
 @pytest.mark.parametrize(
