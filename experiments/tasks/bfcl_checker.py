@@ -94,10 +94,12 @@ def value_fits(value: Any, accepted: list, schema: Mapping, language: str = "pyt
     samples = [item for item in accepted if item != ""][:1]
     # Where the accepted values are of another type than the schema's, they name a variable.
     variable = any(type(sample) is not expected for sample in samples)
-    if type(value) is not expected or (nested is not None and not _elements_fit(value, accepted, nested)):
+    if type(value) is not expected:
         if not any(type(value) is type(sample) for sample in samples):
             return False
         variable = True
+    elif nested is not None and not _elements_fit(value, accepted, nested):
+        return False
     if variable:
         return value in accepted
     if expected is dict:

@@ -242,6 +242,8 @@ def fits(value: Any, accepted: list, language="python", **schema: Any) -> bool:
         ([{"a": 1}], [[{"a": [1]}]], {"type": "array", "items": {"type": "dict"}}, True),
         ([{"a": 1}, {}], [[{"a": [1]}]], {"type": "array", "items": {"type": "dict"}}, False),
         (10**400, [5.0], {"type": "float"}, False),
+        ([1.5, 2], [[1.5, 2.0]], {"type": "array", "items": {"type": "float"}}, False),
+        ([1.5, 2], [[1, 2.0], [1.5, 2.0]], {"type": "array", "items": {"type": "float"}}, True),  # types of the first
     ],
 )
 def test_values_of_python(value, accepted, schema, right):
