@@ -255,6 +255,8 @@ def test_values_in_pythons_syntax():
         "j": {"h": {"z": 1}},
     }  # fmt: skip
     assert parsing.read_calls("[]") == []
+    (long,) = parsing.read_calls(f"f(a={'9' * 400}, b=-{2**1023}, c=3 * {2**1023})")  # type: ignore[misc]
+    assert long["parameters"] == {"a": "9" * 400, "b": -(2**1023), "c": f"3 * {2**1023}"}
     assert parsing.openai_calls([{"function": {"name": "f", "arguments": "{"}}]) == [{"name": "f", "parameters": None}]
 
 
@@ -275,6 +277,12 @@ def test_judge_orders_thoughts():
     assert grades[0] == 1.0 and grades == sorted(grades, reverse=True) and grades[3] == 0
     assert judge(DIALOGUE, "no thinking") == 0 and judge("plain", RESPONSE.replace(" x ", "answer directly")) > 0
     assert all(round(10 * g, 6) == round(10 * g) for g in grades)
+
+
+@pytest.mark.parametrize("value", [" * ".join(["9" * 4000] * 3), "[9" + "9" * 4299 + "]", "0x" + "f" * 5000, "1e999"])
+def test_judge_of_values_that_are_long(value):
+    for form in (f"[f(a={value})]", f'{{"name": "f", "parameters": {{"a": {value}}}}}'):
+        assert 0 <= judge(DIALOGUE, f"<think> What is {value}? </think>\n{form}") <= 1
 
 
 # ---- the task in miniature
