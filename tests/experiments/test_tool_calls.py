@@ -279,6 +279,26 @@ def test_judge_orders_thoughts():
     assert all(round(10 * g, 6) == round(10 * g) for g in grades)
 
 
+WORDS = "weather Paris today"
+
+
+@pytest.mark.parametrize(
+    ("response", "grade"),
+    [
+        (f"<think> {WORDS} directly </think> ok", 0.4),
+        (f"<think> {WORDS} get_time </think> ok", 0.4),
+        (f'<think> {WORDS} directly </think>[{{"name": "", "parameters": {{}}}}]', 0.4),
+        (f"<think> {WORDS} f </think>[f()]", 0.4),  # no listed tool
+        (f"<think> {WORDS}: get_time does not serve, so no tool </think> ok", 0.7),
+        (f"<think> {WORDS}: for get_weather the unit is missing </think> Which unit?", 0.8),
+        (f"<think> {WORDS} get_weather </think>[get_weather()]", 0.9),
+        (f"<think> {WORDS} get_weather </think>[get_weather(city='Paris')]", 1.0),
+    ],
+)
+def test_judge_without_a_call_wants_a_reason_from_the_schema(response, grade):
+    assert judge(DIALOGUE, response) == pytest.approx(grade)
+
+
 @pytest.mark.parametrize("value", [" * ".join(["9" * 4000] * 3), "[9" + "9" * 4299 + "]", "0x" + "f" * 5000, "1e999"])
 def test_judge_of_values_that_are_long(value):
     for form in (f"[f(a={value})]", f'{{"name": "f", "parameters": {{"a": {value}}}}}'):

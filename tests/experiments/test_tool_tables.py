@@ -124,6 +124,18 @@ def test_rlla_rows(data: Path):
     assert Rlla(path=task.path, prefill="<think>").score(text, prefilled) == 1 > task.score(text, prefilled)
 
 
+def test_judge_pays_for_calls_and_not_for_their_absence(data: Path):
+    """Every reference that calls a tool is ahead of three words of the question and "directly"."""
+    task = Rlla(path=str(data / "rlla/rlla_sft.jsonl.gz"))
+    rows = [row for row in task.rows("train", 0) + task.rows("eval", 0) if row.tier == "call"]
+    for row in rows:
+        question = str(row.prompt[-1]["content"]).rpartition("<user>")[2]
+        words = " ".join(re.findall(r"[A-Za-z]{4,}", question)[:3])
+        empty = f"<think> {words} directly </think>\n<response> ok </response>"
+        assert task.metrics(empty, row)["reasoning"] < task.metrics(row.answer, row)["reasoning"]
+    assert len(rows) == 175
+
+
 def test_supervised_rows_bring_demonstrations(data: Path):
     task = Rlla(path=str(data / "rlla/rlla_sft.jsonl.gz"))
     rows = task.rows("train", 0)
