@@ -198,9 +198,9 @@ def test_time_grows_linearly(make):
     def seconds(n: int) -> float:
         text, spent = make(n), []
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             outcome_reward.__wrapped__(text, WEATHER), parsing.read_calls(text), judge("q", text)
-            spent.append(time.perf_counter() - began)
+            spent.append(time.process_time() - began)
         return min(spent)
 
     assert seconds(64) < 64 * seconds(4) + 0.01
