@@ -122,7 +122,7 @@ class Awpo(Method):
         _check_unit(reasoning_N, self.reasoning)
         reasoning_N = ctx.signal(self, "reasoning", reasoning_N, ctx.group_N)
         terms = gate.group_terms(outcome_N, reasoning_N, ctx.group_N, self.lam)
-        opened_P = gate.gate(terms) if self.gated else terms.judged_P.double()
+        opened_P = gate.gate(terms) if self.gated else (terms.judged_P & ~terms.mean_P.isnan()).double()
         gate_P = ctx.signal(self, "gate", opened_P)
         difficulty_P = gate.difficulty(terms.mean_P, self.tau_low, self.tau_high, self.d_base, self.d_prio)
         eps = gate.radius(float(ctx.gather(gate_P).mean()), self.eps_min, self.eps_max)
