@@ -103,6 +103,12 @@ def test_worked_loss(eps, loss):
     assert Stack([Awpo()], Dapo()).loss(lctx).item() == pytest.approx(loss, abs=2e-6)
 
 
+@pytest.mark.parametrize("level", [0.2, 0.8])
+def test_the_band_of_priority_holds_its_ends_in_float32(level):
+    terms = gate.group_terms(torch.full((4,), level), torch.zeros(4), torch.zeros(4, dtype=torch.long), 0.5)
+    close(gate.difficulty(terms.mean_P, 0.2, 0.8, 1.0, 1.5), [1.5])
+
+
 def test_radius_acts_per_row():
     """A narrower radius in one row clips that row's token alone."""
     rows = context([1.0, 1.0], [[0.15], [0.15]], [[1], [1]], [0.2, 0.1])
@@ -189,9 +195,9 @@ def trajs(outcome, reasoning, size=4):
 BOTH = {"names": ("task", "reasoning"), "roles": ("outcome", "aux"), "weights": (1.0, 0.0)}
 
 
-def run(methods, outcome, reasoning, fake_context, **keys):
+def run(methods, outcome, reasoning, fake_context, size=4, **keys):
     stack = Stack(methods, Grpo())
-    ctx = fake_context(trajs(outcome, reasoning), stack=stack, **(BOTH | keys))
+    ctx = fake_context(trajs(outcome, reasoning, size), stack=stack, **(BOTH | keys))
     return stack.advantages(ctx), ctx
 
 
@@ -227,6 +233,12 @@ def test_open_gate_and_weight_one_equal_the_plain_sum(fake_context):
     summed, _ = run([], outcome, reasoning, fake_context, weights=(0.5, 0.5))
     close(opened, summed, 1e-5)
     close(ctx.batch.extras[EPS], [0.1] * 8)
+
+
+def test_a_group_that_cannot_be_scored_leaves_the_gate_shut(fake_context):
+    method = Awpo(gated=False)
+    run([method], [1, 0, NAN, NAN], [0.9, 0.1, 0.5, 0.5], fake_context, size=2)
+    assert method.metrics()["gate"] == 0.5
 
 
 def test_shuffled_judge_permutes_the_advantages_of_a_dead_group(fake_context):
