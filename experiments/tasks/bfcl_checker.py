@@ -86,11 +86,8 @@ def value_fits(value: Any, accepted: list, schema: Mapping, language: str = "pyt
         value = _from_source(value, kind, schema, language)
     elif kind == "tuple" and isinstance(value, tuple):
         value = list(value)
-    if expected is float and type(value) is int and language == "python":
-        try:
-            value = float(value)
-        except OverflowError:  # no float is that large
-            return False
+    if expected is float and language == "python":
+        value = _as_float(value)
     samples = [item for item in accepted if item != ""][:1]
     # Where the accepted values are of another type than the schema's, they name a variable.
     variable = any(type(sample) is not expected for sample in samples)
@@ -112,6 +109,14 @@ def value_fits(value: Any, accepted: list, schema: Mapping, language: str = "pyt
         lists = [item for item in accepted if isinstance(item, (list, str))]  # "" stands for an empty one too
         return [standard(v) for v in value] in [[standard(v) for v in item] for item in lists]
     return value in accepted
+
+
+def _as_float(value: Any) -> Any:
+    """A whole number as a float, unless it is larger than any; everything else unchanged."""
+    try:
+        return float(value) if type(value) is int else value
+    except OverflowError:
+        return value
 
 
 def standard(value: Any) -> Any:

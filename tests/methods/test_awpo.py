@@ -195,7 +195,7 @@ def trajs(outcome, reasoning, size=4):
 BOTH = {"names": ("task", "reasoning"), "roles": ("outcome", "aux"), "weights": (1.0, 0.0)}
 
 
-def run(methods, outcome, reasoning, fake_context, size=4, **keys):
+def run(methods, outcome, reasoning, fake_context, *, size=4, **keys):
     stack = Stack(methods, Grpo())
     ctx = fake_context(trajs(outcome, reasoning, size), stack=stack, **(BOTH | keys))
     return stack.advantages(ctx), ctx
