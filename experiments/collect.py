@@ -12,6 +12,8 @@ from torch import Tensor
 from methods.base import Batch, Context, Segment, Trajectory, Turn
 from methods.errors import RunError
 
+ROUNDING = 1e-3  # equal rewards less their mean, over a deviation of 1e-4, can be this far from 0
+
 
 class Meter(defaultdict):
     """Named lists of numbers (tensors stay on their device until drained)."""
@@ -54,7 +56,9 @@ def learning_names(ctx: Context) -> list[str]:
 def summary(ctx: Context, batch: Batch) -> dict[str, Any]:
     """What is always logged of a generation: rewards, lengths, groups without signal, size of the advantage.
 
-    Rewards are those of every draw; the advantage is that of `batch`, after `select`.
+    groups/dead: share of groups whose rewards are all equal. groups/live: share with an advantage that is not 0; the
+    two need not sum to 1, because methods give dead groups a signal, or others none. Rewards are those of every draw;
+    advantages are those of `batch`, after `select`.
     """
     trajs = ctx.trajs
     drawn = [t for t in trajs if not t.is_demo] or trajs
@@ -64,8 +68,12 @@ def summary(ctx: Context, batch: Batch) -> dict[str, Any]:
     values["reward"] = torch.nanmean(weighted.nansum(0).where(~weighted.isnan().all(0), torch.nan))
     values["completions/mean_length"] = sum(t.length for t in drawn) / len(drawn)
     values["completions/truncated"] = sum(t.finish == "length" for t in drawn) / len(drawn)
-    groups = len({t.group_id for t in trajs})
-    values["groups/dead"] = len(dead_groups(trajs, learning_names(ctx))) / groups
+    groups, dead = {t.group_id for t in trajs}, dead_groups(trajs, learning_names(ctx))
+    largest_S = (batch.adv_ST.abs() * batch.model_mask_ST).amax(1)
+    owners = [batch.trajs[i].group_id for i in batch.traj_S.tolist()]
+    live = {g for g, a in zip(owners, largest_S.tolist(), strict=True) if a > (ROUNDING if g in dead else 0)}
+    values["groups/dead"] = len(dead) / len(groups)
+    values["groups/live"] = len(live) / len(groups | live)
     tokens = batch.model_mask_ST.sum().clamp(min=1)
     values["advantage/abs"] = (batch.adv_ST.abs() * batch.model_mask_ST).sum() / tokens
     return values

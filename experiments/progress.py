@@ -39,7 +39,8 @@ class Progress:
     def __call__(self, step: int, total: int, metrics: dict[str, float]) -> None:
         shown = ("loss", "reward", "eval/score", "groups/dead")
         note = "  ".join(f"{k} {metrics[k]:.3f}" for k in shown if metrics.get(k) is not None)
-        if metrics.get("groups/dead", 0) >= 0.9:
+        # Some methods give groups with equal rewards a signal of their own.
+        if metrics.get("groups/dead", 0) >= 0.9 and metrics.get("groups/live", 0) <= 0.1:
             note += (
                 "  (nearly all groups have equal rewards: no signal; change the task's difficulty or the temperature)"
             )

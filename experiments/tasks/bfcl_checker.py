@@ -86,15 +86,17 @@ def value_fits(value: Any, accepted: list, schema: Mapping, language: str = "pyt
         value = _from_source(value, kind, schema, language)
     elif kind == "tuple" and isinstance(value, tuple):
         value = list(value)
-    if expected is float and type(value) is int:
-        value = float(value)
+    if expected is float and language == "python":
+        value = _as_float(value)
     samples = [item for item in accepted if item != ""][:1]
     # Where the accepted values are of another type than the schema's, they name a variable.
     variable = any(type(sample) is not expected for sample in samples)
-    if type(value) is not expected or (nested is not None and not _elements_fit(value, accepted, nested)):
+    if type(value) is not expected:
         if not any(type(value) is type(sample) for sample in samples):
             return False
         variable = True
+    elif nested is not None and not _elements_fit(value, accepted, nested):
+        return False
     if variable:
         return value in accepted
     if expected is dict:
@@ -107,6 +109,14 @@ def value_fits(value: Any, accepted: list, schema: Mapping, language: str = "pyt
         lists = [item for item in accepted if isinstance(item, (list, str))]  # "" stands for an empty one too
         return [standard(v) for v in value] in [[standard(v) for v in item] for item in lists]
     return value in accepted
+
+
+def _as_float(value: Any) -> Any:
+    """A whole number as a float, unless it is larger than any; everything else unchanged."""
+    try:
+        return float(value) if type(value) is int else value
+    except OverflowError:
+        return value
 
 
 def standard(value: Any) -> Any:

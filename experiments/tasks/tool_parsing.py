@@ -14,6 +14,7 @@ from typing import Any
 
 Call = dict[str, Any]
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+LONGEST = 1024  # bits of an integer in Python's syntax; JSON's reader has a limit of its own
 UNREADABLE = (ValueError, RecursionError, MemoryError)  # a SyntaxError is a ValueError's cousin: see `list_calls`
 
 
@@ -177,9 +178,8 @@ def _keywords(node: ast.Call) -> dict[str, Any]:
 
 def _value(node: ast.expr) -> Any:
     """A constant, a container of such, a number worked out; the source text of anything else."""
-    if isinstance(node, ast.Constant):
-        plain = node.value is None or isinstance(node.value, (bool, int, float, str))
-        return node.value if plain else ast.unparse(node)
+    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (bool, str))):
+        return node.value
     if isinstance(node, ast.List):
         return [_value(item) for item in node.elts]
     if isinstance(node, ast.Tuple):
@@ -193,7 +193,13 @@ def _value(node: ast.expr) -> Any:
 
 
 def _number(node: ast.expr) -> int | float | None:
-    """A number, its negative, or + - * / of such; None otherwise (powers would let a short text take all memory)."""
+    """A number, its negative, or + - * / of such; None otherwise (powers would let a short text take all memory), and
+    for an integer beyond LONGEST, which could neither become a float nor be written out."""
+    number = _worked_out(node)
+    return None if isinstance(number, int) and number.bit_length() > LONGEST else number
+
+
+def _worked_out(node: ast.expr) -> int | float | None:
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):

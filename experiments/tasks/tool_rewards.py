@@ -54,6 +54,9 @@ def outcome_reward(response: str, ground_truth: str) -> Outcome:
     multiset Jaccard index. -3 for a response without both call tags, with a line that is no JSON object with a name, or
     whose call of a due name has no parameters. Values compare with `==` on parsed JSON. DataError for a ground truth
     that cannot be read.
+
+    Differs from ToolRL: in both texts only what follows the first `</think>` holds calls; ToolRL takes the first block
+    of the whole text, be it one that the thinking quotes. Format is judged alike.
     """
     reference = read_reference(ground_truth)
     fmt = float(well_formed(response, reference.calls is not None, reference.response))

@@ -87,22 +87,30 @@ class Awpo(Method):
         else:
             measured = ctx.measure([t.text for t in trajs], [t.row for t in trajs])
             values = [m.get(self.reasoning, math.nan) for m in measured]
-            if not self.warned and all(map(math.isnan, values)):
-                self.warned = True
-                warnings.warn(
-                    f"AWPO found no reward and no task measure called '{self.reasoning}': every gate stays closed and"
-                    " only the difficulty weight acts (choose a task that judges, or method.awpo.judge=engine)",
-                    stacklevel=2,
-                )
+        self._warn_once(values)
         ctx.add_reward(self.reasoning)
         for t, value in zip(trajs, values, strict=True):
             t.rewards[self.reasoning] = value
 
+    def _warn_once(self, values: list[float]) -> None:
+        """Says what the first generation without any judgement means."""
+        if self.warned or not all(map(math.isnan, values)):
+            return
+        self.warned = True
+        if self.judge == "engine":
+            what = f"AWPO's judge gave none of {len(values)} answers in the form that is asked for"
+            fix = f"look at what it answers; its thinking, too, must fit in {judge.MAX_TOKENS} tokens"
+        else:
+            what = f"AWPO found no reward and no task measure called '{self.reasoning}'"
+            fix = "choose a task that judges, or method.awpo.judge=engine"
+        closed = "every gate stays closed and only the difficulty weight acts"
+        warnings.warn(f"{what}: {closed} ({fix})", stacklevel=3)
+
     def _asked(self, trajs: list[Trajectory], ctx: Context) -> list[float]:
-        """The grades of a language model; NaN where it failed or did not answer in the form."""
+        """The grades of a language model; NaN where it failed, was cut off or did not answer in the form."""
         asked: list[Any] = [judge.request(getattr(t.row, "prompt", ""), t.text) for t in trajs]
         answers = [results[0] for results in ctx.judge(asked)]
-        grades = [None if a.finish == "error" else judge.grade(a.text) for a in answers]
+        grades = [judge.grade(a.text) if a.finish == "stop" else None for a in answers]
         return [math.nan if g is None else g for g in grades]
 
     # ---- advantages and clip ----
@@ -114,7 +122,7 @@ class Awpo(Method):
         _check_unit(reasoning_N, self.reasoning)
         reasoning_N = ctx.signal(self, "reasoning", reasoning_N, ctx.group_N)
         terms = gate.group_terms(outcome_N, reasoning_N, ctx.group_N, self.lam)
-        opened_P = gate.gate(terms) if self.gated else terms.judged_P.double()
+        opened_P = gate.gate(terms) if self.gated else (terms.judged_P & ~terms.mean_P.isnan()).double()
         gate_P = ctx.signal(self, "gate", opened_P)
         difficulty_P = gate.difficulty(terms.mean_P, self.tau_low, self.tau_high, self.d_base, self.d_prio)
         eps = gate.radius(float(ctx.gather(gate_P).mean()), self.eps_min, self.eps_max)

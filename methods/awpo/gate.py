@@ -13,6 +13,7 @@ from torch import Tensor
 
 STD_NORM = 1e-4  # added to a standard deviation that divides, as in TRL
 STD_GATE = 1e-6
+BAND = 1e-6
 SOLVED = 1 - 1e-6
 
 
@@ -88,8 +89,9 @@ def gate(terms: GroupTerms) -> Tensor:
 
 
 def difficulty(mean_P: Tensor, tau_low: float, tau_high: float, d_base: float, d_prio: float) -> Tensor:
-    """(P,) d_prio where tau_low <= mean outcome <= tau_high, else d_base."""
-    return torch.where((mean_P >= tau_low) & (mean_P <= tau_high), d_prio, d_base).double()
+    """(P,) d_prio where tau_low <= mean outcome <= tau_high, else d_base. Both ends with the rounding of float32."""
+    inside_P = (mean_P >= tau_low - BAND) & (mean_P <= tau_high + BAND)
+    return torch.where(inside_P, d_prio, d_base).double()
 
 
 def advantages(terms: GroupTerms, gate_P: Tensor, difficulty_P: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Rubric and scale of the paper are not public; these are our choice.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 CRITERIA = ("request", "tool", "arguments", "consistency", "economy")
@@ -27,15 +28,19 @@ SCHEMA = {
     "required": list(CRITERIA),
     "additionalProperties": False,
 }
+# How special tokens begin: <|im_end|>, <start_of_turn>, [INST], [/INST]. No bracket of JSON itself looks like that.
+MARK = re.compile(r"<|\[(?=/?[A-Z_]{2})")
 MAX_TOKENS = 512  # the answer needs about 50; a judge that thinks first needs more
 
 
 def request(prompt: str | list[dict], response: str) -> dict[str, Any]:
     """What the judge is asked about one response; greedy. It never sees the reference answer.
 
-    Dialogue and response travel as one JSON text, so that nothing in them can close its own quotation marks.
+    Dialogue and response travel as one JSON text, so that nothing in them can close its own quotation marks; the
+    first sign of what may be a special token is written as its code, so that nothing in them can open a turn.
     """
     shown = json.dumps({"dialogue": prompt, "response": response}, ensure_ascii=False, default=str)
+    shown = MARK.sub(lambda mark: f"\\u{ord(mark[0]):04x}", shown)
     messages = [{"role": "system", "content": RUBRIC}, {"role": "user", "content": shown}]
     return {"messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0.0, "json_schema": SCHEMA}
 
@@ -43,11 +48,12 @@ def request(prompt: str | list[dict], response: str) -> dict[str, Any]:
 def grade(answer: str) -> float | None:
     """Mean of the five grades in the judge's answer, in {0, 0.1, .., 1}; None for an answer that does not hold them.
 
-    What stands behind the last `</think>` counts; text around the object is ignored.
+    What stands behind the last `</think>` counts, nothing where a `<think>` stays open; text around the object is
+    ignored.
     """
     said = answer.rpartition("</think>")[2]
     start = said.find("{")
-    if start < 0:
+    if start < 0 or "<think>" in said:
         return None
     try:
         grades, _ = json.JSONDecoder().raw_decode(said, start)

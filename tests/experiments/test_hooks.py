@@ -691,6 +691,31 @@ def test_rewards_of_weight_zero_neither_train_nor_keep_a_group_alive(make_traine
     assert logs["groups/dead"] == 1.0 and logs["groups/draws"] == 2
 
 
+class FirstGroupLives(Method):
+    name = "first"
+    keeps_dead_groups = True
+
+    def advantages(self, adv_ST, ctx):
+        first = torch.tensor([float(t.group_id == ctx.trajs[0].group_id) for t in ctx.trajs])
+        return first[ctx.batch.traj_S].unsqueeze(1) * ctx.batch.model_mask_ST
+
+
+@pytest.mark.parametrize(("methods", "live"), [([], 0.0), ([FirstGroupLives()], 0.25)])
+def test_groups_that_have_an_advantage_are_counted(make_trainer, methods, live):
+    trainer = make_trainer(methods, reward=lambda texts, rows: [0.7] * len(texts), rollouts_per_prompt=5, max_steps=1)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert (logs["groups/dead"], logs["groups/live"]) == (1.0, live)
+
+
+@pytest.mark.parametrize(("live", "hinted"), [(0.0, True), (0.9, False)])
+def test_a_run_is_not_said_to_lack_signal_that_it_has(tmp_path, capsys, live, hinted):
+    from experiments.progress import Progress
+
+    Progress(tmp_path / "runs" / "x", "one run")(1, 1, {"groups/dead": 1.0, "groups/live": live})
+    assert ("no signal" in capsys.readouterr().err) == hinted
+
+
 def test_a_loss_that_is_no_number_stops_the_run(make_trainer, tmp_path):
     from experiments.recorder import Recorder, StopSignals
     from experiments.records import RunWriter

@@ -198,11 +198,11 @@ def test_time_grows_linearly(make):
     def seconds(n: int) -> float:
         text, spent = make(n), []
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             outcome_reward.__wrapped__(text, WEATHER)
             parsing.read_calls(text)
             judge("q", text)
-            spent.append(time.perf_counter() - began)
+            spent.append(time.process_time() - began)
         return min(spent)
 
     assert seconds(64) < 64 * seconds(4) + 0.01
@@ -257,6 +257,8 @@ def test_values_in_pythons_syntax():
         "j": {"h": {"z": 1}},
     }  # fmt: skip
     assert parsing.read_calls("[]") == []
+    (long,) = parsing.read_calls(f"f(a={'9' * 400}, b=-{2**1023}, c=3 * {2**1023})")  # type: ignore[misc]
+    assert long["parameters"] == {"a": "9" * 400, "b": -(2**1023), "c": f"3 * {2**1023}"}
     assert parsing.openai_calls([{"function": {"name": "f", "arguments": "{"}}]) == [{"name": "f", "parameters": None}]
 
 
@@ -277,6 +279,32 @@ def test_judge_orders_thoughts():
     assert grades[0] == 1.0 and grades == sorted(grades, reverse=True) and grades[3] == 0
     assert judge(DIALOGUE, "no thinking") == 0 and judge("plain", RESPONSE.replace(" x ", "answer directly")) > 0
     assert all(round(10 * g, 6) == round(10 * g) for g in grades)
+
+
+WORDS = "weather Paris today"
+
+
+@pytest.mark.parametrize(
+    ("response", "grade"),
+    [
+        (f"<think> {WORDS} directly </think> ok", 0.4),
+        (f"<think> {WORDS} get_time </think> ok", 0.4),
+        (f'<think> {WORDS} directly </think>[{{"name": "", "parameters": {{}}}}]', 0.4),
+        (f"<think> {WORDS} f </think>[f()]", 0.4),  # no listed tool
+        (f"<think> {WORDS}: get_time does not serve, so no tool </think> ok", 0.7),
+        (f"<think> {WORDS}: for get_weather the unit is missing </think> Which unit?", 0.8),
+        (f"<think> {WORDS} get_weather </think>[get_weather()]", 0.9),
+        (f"<think> {WORDS} get_weather </think>[get_weather(city='Paris')]", 1.0),
+    ],
+)
+def test_judge_without_a_call_wants_a_reason_from_the_schema(response, grade):
+    assert judge(DIALOGUE, response) == pytest.approx(grade)
+
+
+@pytest.mark.parametrize("value", [" * ".join(["9" * 4000] * 3), "[9" + "9" * 4299 + "]", "0x" + "f" * 5000, "1e999"])
+def test_judge_of_values_that_are_long(value):
+    for form in (f"[f(a={value})]", f'{{"name": "f", "parameters": {{"a": {value}}}}}'):
+        assert 0 <= judge(DIALOGUE, f"<think> What is {value}? </think>\n{form}") <= 1
 
 
 # ---- the task in miniature

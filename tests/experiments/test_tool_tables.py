@@ -130,6 +130,18 @@ def test_rlla_rows(data: Path):
     assert Rlla(path=task.path, prefill="<think>").score(text, prefilled) == 1 > task.score(text, prefilled)
 
 
+def test_judge_pays_for_calls_and_not_for_their_absence(data: Path):
+    """Every reference that calls a tool is ahead of three words of the question and "directly"."""
+    task = Rlla(path=str(data / "rlla/rlla_sft.jsonl.gz"))
+    rows = [row for row in task.rows("train", 0) + task.rows("eval", 0) if row.tier == "call"]
+    for row in rows:
+        question = str(row.prompt[-1]["content"]).rpartition("<user>")[2]
+        words = " ".join(re.findall(r"[A-Za-z]{4,}", question)[:3])
+        empty = f"<think> {words} directly </think>\n<response> ok </response>"
+        assert task.metrics(empty, row)["reasoning"] < task.metrics(row.answer, row)["reasoning"]
+    assert len(rows) == 175
+
+
 def test_supervised_rows_bring_demonstrations(data: Path):
     task = Rlla(path=str(data / "rlla/rlla_sft.jsonl.gz"))
     rows = task.rows("train", 0)
@@ -247,6 +259,9 @@ def fits(value: Any, accepted: list, language="python", **schema: Any) -> bool:
         ({"c": 1}, [{"a": [1]}], {"type": "dict"}, False),
         ([{"a": 1}], [[{"a": [1]}]], {"type": "array", "items": {"type": "dict"}}, True),
         ([{"a": 1}, {}], [[{"a": [1]}]], {"type": "array", "items": {"type": "dict"}}, False),
+        (10**400, [5.0], {"type": "float"}, False),
+        ([1.5, 2], [[1.5, 2.0]], {"type": "array", "items": {"type": "float"}}, False),
+        ([1.5, 2], [[1, 2.0], [1.5, 2.0]], {"type": "array", "items": {"type": "float"}}, True),  # types of the first
     ],
 )
 def test_values_of_python(value, accepted, schema, right):
@@ -278,6 +293,11 @@ def test_values_of_python(value, accepted, schema, right):
 def test_source_texts_of_java_and_javascript(language, kind, text, value):
     assert fits(text, [value], language, type=kind) and fits(value, [value], language, type=kind)
     assert not fits(text, ["q?"], language, type=kind) and not fits(value, ["q?"], language, type=kind)
+
+
+@pytest.mark.parametrize(("language", "right"), [("python", True), ("java", False), ("javascript", False)])
+def test_a_whole_number_serves_as_a_float_of_python_alone(language, right):
+    assert fits(5, [5.0], language, type="float") == right
 
 
 @pytest.mark.parametrize(
