@@ -1,8 +1,8 @@
 """How a judge errs: position, length, what it does not parse. Everything per verdict, both orders together.
 
-consistency = share of pairs whose two verdicts parse and name the same answer; first slot = (#A + #tie / 2) / #parsed;
-longer bias = P(picks the longer) - P(the longer is right), equal lengths left out; length gap = accuracy where the
-right answer is longer - where it is shorter. One regression for all three, ridge .01 on the slopes:
+consistency = share of pairs whose two verdicts parse and name the same answer (a tie names none); first slot = (#A +
+#tie / 2) / #parsed; longer bias = P(picks the longer) - P(the longer is right), equal lengths left out; length gap =
+accuracy where the right answer is longer - where it is shorter. One regression for all three, ridge .01 on the slopes:
 logit P(pick A) = b0 + b_gold g + b_len log(len_A / len_B), g = +1 where A is right, else -1.
 Degenerate: where nothing is left to count (no second order, all lengths equal), the number is NaN, not 0.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments import stats
-from experiments.judging.credit import NOT_ASKED, RIGHT, TIED, UNPARSED, WRONG, Verdicts
+from experiments.judging.credit import NOT_ASKED, RIGHT, TIED, WRONG, Verdicts
 
 RIDGE = 0.01
 FACTS = ("consistency", "first slot", "longer bias", "length gap", "ties", "unparsable")
@@ -57,8 +57,7 @@ def facts(verdicts: Verdicts) -> dict[str, stats.Interval]:
     parsed = ~np.isnan(told.first_V)
     apart = parsed & (told.length_first_V != told.length_second_V)
     twice = pairs.swapped_N != NOT_ASKED
-    named = (pairs.seeded_N != UNPARSED) & (pairs.swapped_N != UNPARSED)
-    same = np.where(named & (pairs.seeded_N == pairs.swapped_N), 1.0, 0.0)
+    same = ((pairs.seeded_N == pairs.swapped_N) & np.isin(pairs.seeded_N, (RIGHT, WRONG))).astype(float)
     cluster_N = verdicts.cluster_I[pairs.item_N]
     # A judge that scores responses one by one has no slots, unless it was asked twice.
     slots = parsed & (twice.any() or not pairs.scored_N.all())

@@ -19,9 +19,10 @@ import numpy as np
 from experiments.files import clean, new_folder, os_errors
 from experiments.seeds import derive
 from experiments.tasks.base import first_line
-from methods.errors import DataError
+from methods.errors import ConfigError, DataError
 
 TIE, UNPARSABLE = -1, -2
+LISTS_ONLY = ("rewardbench2",)
 Form = Literal["pairs", "all"]
 Orders = Literal["seeded", "both"]
 
@@ -180,8 +181,16 @@ def questions(items: Iterable[Item], seed: int, form: Form = "pairs", orders: Or
     pairs: every two responses with different grades, in an order drawn from (seed, benchmark, subset, id, responses),
     so neither the order of calls nor a cache changes it; orders "both" adds the same pair swapped, right behind.
     all: one question with all responses, shuffled in the same way, asked once.
+    ConfigError for pairs of RewardBench 2, which is scored on lists only: nothing would be worth its calls.
     """
     for item in items:
+        if form == "pairs" and item.benchmark in LISTS_ONLY:
+            raise ConfigError(
+                "This benchmark is asked with all responses at once, and the judge compares pairs",
+                where=f"benchmark {item.benchmark}",
+                got="a judge of form 'pairs'",
+                fix="choose a judge with judge.by.form=all, or another benchmark",
+            )
         if form == "all":
             rng = np.random.default_rng(derive(seed, "slots", *item.key))
             yield Question(item, tuple(int(k) for k in rng.permutation(len(item.responses))))
@@ -231,9 +240,9 @@ def write_verdicts(
     with new_folder(path.parent), os_errors(path):
         try:
             with parquet.ParquetWriter(part, shape, compression="zstd") as writer:
-                stream = iter(verdicts)
-                while batch := list(itertools.islice(stream, ROW_GROUP)):
-                    rows = [v.row() if isinstance(v, Verdict) else dict(v) for v in batch]
+                # Rows at once: a verdict holds its item, and so the texts of all its responses.
+                stream = (v.row() if isinstance(v, Verdict) else dict(v) for v in verdicts)
+                while rows := list(itertools.islice(stream, ROW_GROUP)):
                     rows = [{**row, "text": _utf8(row["text"])} for row in rows]
                     writer.write_table(pa.Table.from_pylist(rows, schema=shape))
                     count += len(rows)

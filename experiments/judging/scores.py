@@ -221,35 +221,36 @@ def _is_ties(verdicts: Verdicts) -> np.ndarray:
 
 def _ties(verdicts: Verdicts) -> Terms:
     """Ties, per number k: gap = min(right) - max(wrong), spread = max - min over the right ones of `tied:k`."""
-    found: dict[str, dict[str, tuple[int, float, float]]] = {"ref": {}, "tied": {}}
-    for lists in verdicts.lists:
-        for r in np.flatnonzero(_is_ties(verdicts)[lists.item_R] & lists.scored_R):
-            item, score, grade = int(lists.item_R[r]), lists.score_Rk[r], lists.grade_Rk[r]
-            right, wrong = score[grade == 1], score[grade != 1]
-            kind, _, k = str(verdicts.id_I[item]).partition(":")
-            # With one right answer there is no spread: P and H are false for it.
-            spread = float(right.max() - right.min()) if len(right) > 1 else np.nan
-            found[kind][k] = item, float(right.min() - wrong.max()), spread
-    rows = [(float(gap > 0), "A_tied", item) for item, gap, _ in found["tied"].values()]
-    rows += [(float(gap > 0), "A_ref", item) for item, gap, _ in found["ref"].values()]
-    for k in sorted(found["tied"].keys() & found["ref"].keys()):
-        item, gap, spread = found["tied"][k]
-        least = min(found["ref"][k][1], gap)
-        rows += [
-            (float(gap > spread), "P", item),
-            (float(least > spread), "H", item),
-            (margin(least, spread), "M", item),
-        ]
-    names = list(V2_TIES)
-    value, code = (np.array([row[0] for row in rows]), np.array([names.index(row[1]) for row in rows], int))
-    return Terms(value, code, names, np.array([row[2] for row in rows], int), code)
+    parts = []
+    for found in verdicts.lists:
+        rows = _is_ties(verdicts)[found.item_R] & found.scored_R
+        value, right = found.score_Rk[rows], found.grade_Rk[rows] == 1
+        least, most = np.where(right, value, np.inf).min(axis=1), np.where(right, value, -np.inf).max(axis=1)
+        gap, spread = least - np.where(right, -np.inf, value).max(axis=1), most - least
+        # With one right answer there is no spread: P and H are false for it.
+        parts.append((found.item_R[rows], gap, np.where(right.sum(axis=1) > 1, spread, np.nan)))
+    item, gap, spread = (np.concatenate(column) for column in zip(*parts, strict=True))
+    tied = np.array([str(name).startswith("tied:") for name in verdicts.id_I[item]], bool)
+    k = verdicts.cluster_I[item]
+    _, t, r = np.intersect1d(k[tied], k[~tied], return_indices=True)
+    both, least = item[tied][t], np.minimum(gap[tied][t], gap[~tied][r])
+    own, wide = gap[tied][t], spread[tied][t]
+    values = {
+        "A_tied": (gap[tied] > 0, item[tied]),
+        "A_ref": (gap[~tied] > 0, item[~tied]),
+        "P": (own > wide, both),
+        "H": (least > wide, both),
+        "M": (margin(least, wide), both),
+    }
+    code = np.repeat(np.arange(len(values)), [len(places) for _, places in values.values()])
+    value = np.concatenate([np.asarray(found, float) for found, _ in values.values()])
+    return Terms(value, code, list(values), np.concatenate([places for _, places in values.values()]), code)
 
 
-def margin(least: float, spread: float) -> float:
+def margin(least: np.ndarray, spread: np.ndarray) -> np.ndarray:
     """tanh(least / spread - 1); 0 for 0/0 and where either is unknown, the limit +-1 for a spread of 0."""
-    if np.isnan(least) or np.isnan(spread) or least == spread == 0:
-        return 0.0
-    return float(np.tanh(least / spread - 1)) if spread else float(np.sign(least))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(np.tanh(np.asarray(least, float) / np.asarray(spread, float) - 1))
 
 
 def _joined(a: Terms, b: Terms) -> Terms:

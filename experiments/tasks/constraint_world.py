@@ -15,7 +15,7 @@ from experiments.judging.world import SYMBOLS as WORLD
 from experiments.judging.world import Case, case
 from experiments.seeds import derive
 from experiments.tasks.base import Row, Task
-from methods.errors import ConfigError, nearest
+from methods.errors import ConfigError, check_range, nearest
 
 LEVELS = ("easy", "normal", "hard")
 FIRST, SECOND, ASK = "\nA: ", "\nB: ", "\nbetter: "
@@ -55,8 +55,7 @@ class ConstraintWorld(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.longer <= 1:
-            raise ConfigError("Not a share", where="task.longer", got=self.longer, expected="0 to 1")
+        check_range("task.longer", self.longer, 0, 1)
 
     def rows(self, split: str, seed: int) -> list[Row]:
         if split not in ("train", "eval", "test"):
@@ -108,8 +107,8 @@ class ConstraintBenchmark:
             hint = nearest(self.name, RECORDS)
             what = "The constraint world has no such format" + (f"; {hint}" if hint else "")
             raise ConfigError(what, where="benchmark.name", got=self.name, expected=", ".join(RECORDS))
-        if not isinstance(self.count, int) or self.count < 1:
-            raise ConfigError("A number of items", where="benchmark.count", got=self.count, expected="at least 1")
+        check_range("benchmark.count", self.count, 1)
+        check_range("benchmark.longer", self.longer, 0, 1)
 
     @property
     def source(self) -> str:

@@ -80,9 +80,13 @@ class Benchmark:
             counts[group(self.name, item.subset)] += 1
             if not item.comparisons():
                 self.left_out[item.meta.get("left_out", "equal grades")] += 1
+        if not seen:
+            raise DataError(
+                "The data file has no rows", where=self.source, fix="set benchmark.path= to a file with rows"
+            )
         if sum(self.left_out.values()) == len(seen):
             reasons = ", ".join(f"{count} {why}" for why, count in self.left_out.items())
-            raise DataError("No item says which response is better", where=self.source, got=reasons or "no rows")
+            raise DataError("No item says which response is better", where=self.source, got=reasons)
         if self.official:
             check_rows(self.name, counts, self.source)
         if self.limit is None:
