@@ -29,8 +29,9 @@ def run(cfg: DictConfig) -> Path:
     """Do the step that `cfg` (conf/judge.yaml) names and return the run folder.
 
     A finished record of the same configuration is returned at once. An interrupted run goes on where it was, because
-    every answer is in the cache. Raises RecordError for a record of another configuration in its place, RunError if
-    no answer could be had, KeyboardInterrupt on SIGINT and SIGTERM.
+    every answer is in the cache. Raises RecordError for a record of another configuration in its place, RunError if a
+    request failed that can be asked again (files are written, the record is not finished), KeyboardInterrupt on SIGINT
+    and SIGTERM.
     """
     from experiments.recording import make_room, only_writer, open_record, run_folder
 
@@ -142,7 +143,16 @@ def _work(cfg: DictConfig, writer: Any) -> tuple[dict[str, float], dict[str, flo
     if 0 < cost.get("requests", 0) == cost.get("errors", 0) and not cost.get("cached"):
         raise RunError("No answer could be had", got="; ".join(judge.counts) or "errors only",
                        fix="see the reasons above; the same command then asks again")  # fmt: skip
+    if lost := _unanswered(judge):
+        raise RunError(f"{lost} requests failed, so the run is not finished", where=str(writer.path),
+                       got="; ".join(reason for reason in judge.counts if reason.startswith("request failed")),
+                       fix="the same command asks only those again; until then they count as unparsable")  # fmt: skip
     return values, {**cost, "seconds": time.monotonic() - began}
+
+
+def _unanswered(judge: Any) -> int:
+    """Requests that failed and can be asked again."""
+    return sum(getattr(asker, "unanswered", 0) for asker in vars(judge).values())
 
 
 def engine_cost(judge: Any) -> dict[str, float]:
