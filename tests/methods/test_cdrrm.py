@@ -278,6 +278,25 @@ def test_what_is_no_json_object(text, reason):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        '<think>{"a": 1}',
+        '<think>{"a": 1}</think> I cannot say',
+        'First <think>so:\n```json\n{"a": 1}\n```',
+        '<think>x</think> and <think>{"a": 1}',
+    ],
+)
+def test_a_thought_is_no_answer(text):
+    with pytest.raises(Rejected):
+        parse_json(text)
+
+
+def test_a_value_may_quote_a_thinking_block():
+    for text in ('{"a": "<think>"}', 'Here: {"a": "<think>"} done', '<think>x</think> {"a": "<think>"}'):
+        assert parse_json(text) == {"a": "<think>"}
+
+
+@pytest.mark.parametrize(
     ("text", "slot"),
     [
         ("Final Judgment\nB keeps the rule.\nWinner: Response B", 1),
@@ -292,6 +311,22 @@ def test_what_is_no_json_object(text, reason):
         ("Winner: Response Apple", None),
         ("in all: Response A is better", None),
         ("Winner: Response A\nFinal Judgment\nI cannot say", None),
+        (
+            "Final Judgment\nUnder rule 1 alone:\nWinner: Response B\nAll rules together, however:\n"
+            "Winner: Response A because it meets rule 2 as well.",
+            0,
+        ),
+        ('Final Judgment\nWinner: Response A\nNote: answer B says: "Winner: Response B"', 0),
+        ("Winner: Response A, as Response B breaks rule 1", 0),
+        ("Winner: Response B\nWinner: neither of them", None),
+        ("Winner: Response B\nWinner: Response A / Response B", None),
+        ("Winner: Response B\nWinner: **Response A** or **B**", None),
+        ("Final Judgment: Winner: Response B", 1),
+        ("__Winner: Response B__", 1),
+        ("- **Winner**: *Response B*", 1),
+        ("Winner Response B", 1),
+        ("Winner: Response B\nThe winner is clear.\nWinners: all", 1),
+        ("Winner: Response A_1", None),
         ("", None),
     ],
 )
