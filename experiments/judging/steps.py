@@ -102,7 +102,10 @@ def _window(
                 kept.append((data.generator_row(*shown), data.judge_row(*shown, given[0].text)))
         write["rubrics"](line)
     if step == "filter":
-        asked = [q for question in window for q in _orders(question, both)]
+        # On the pairs that have a rubric, so that both accuracies have the same denominator.
+        judged = zip(window, written, strict=True)
+        asked = [q for question, r in judged if isinstance(r, Rubric) for q in _orders(question, both)]
+        judge.asker.progress(len(window) * (1 + both) - len(asked))
         free = list(judge.by_rubrics(asked, [None] * len(asked)))
         counts["verdicts without rubric right"] += sum(v.choice == v.question.gold for v in free)
         counts["verdicts without rubric"] += len(free)
