@@ -208,6 +208,17 @@ def test_bench_writes_a_table(configured):
     assert running.run(configured(engine, "judge=direct")) == path and not engine.asked
 
 
+def test_changed_data_is_another_run(configured):
+    path = running.run(configured(Program(), "judge=longer"))
+    known = json.loads((path / "run.json").read_text())["data"]["pairs.jsonl"]
+    assert known["bytes"] > 0 and len(known["sha256"]) == 64
+    assert running.run(configured(Program(), "judge=longer")) == path  # written anew, the same bytes
+    rows = [{"id": 1, "prompt": "p", "chosen": "a", "rejected": "bb"}]
+    with pytest.raises(AssayError, match=r"data has changed.*pairs\.jsonl"):
+        running.run(configured(Program(), "judge=longer", rows=rows))
+    assert running.run(configured(Program(), "judge=longer", "overwrite=true", rows=rows)) == path
+
+
 def test_failed_requests_leave_the_run_unfinished(configured):
     """A file with 12 pairs; the endpoint refuses what is said about the pairs 1, 10 and 11, in both orders."""
     import pandas as pd
@@ -245,7 +256,8 @@ def test_the_filter_keeps_rubrics_that_recover_the_label(configured):
     metrics = json.loads((path / "summary.json").read_text())["metrics"]
     assert metrics["kept"] == 8 and metrics["kept_share"] == pytest.approx(8 / 12)
     assert metrics["accuracy_with_rubric"] == pytest.approx(8 / 12) and metrics["profiles_rejected"] == 1
-    assert metrics["accuracy_without_rubric"] == pytest.approx(1 / 13)  # the longer answer
+    assert metrics["accuracy_without_rubric"] == 0  # the longer answer, on the 12 pairs with a rubric
+    assert metrics["verdicts_without_rubric"] == metrics["verdicts_with_rubric"] == 24
     generator, judge = lines(path / "generator_sft.jsonl"), lines(path / "judge_sft.jsonl")
     assert len(generator) == len(judge) == 8
     first = [boxes(row["messages"][1]["content"])["response_a"].startswith("good") for row in generator]
@@ -282,6 +294,7 @@ def test_what_is_refused(configured):
         (["judge.step=bnch"], "judge.step"),
         (["judge.orders=one"], "judge.orders"),
         (["judge=direct", "judge.by.max_tokens=0"], "max_tokens"),
+        (["judge=cdrrm_generator", "judge.by.generator=/nonexist"], "judge.by.generator"),
     ):
         with pytest.raises(AssayError, match=said):
             running.run(configured(Program(), *words))
