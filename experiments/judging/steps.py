@@ -36,6 +36,8 @@ def run(cfg: DictConfig, judge: ByRubric, benchmark: Any, folder: Path) -> dict[
 
     profiles.jsonl, rubrics.jsonl: one line per answer and pair, with the reason where there is none.
     generator_sft.jsonl, judge_sft.jsonl (filter): chat messages for `assay train objective=sft`.
+    Differs from the paper: the rubrics in judge_sft.jsonl are the teacher's, not those of the trained generator, which
+    there is not yet.
     """
     step, both = cfg.judge.step, cfg.judge.orders == "both"
 
