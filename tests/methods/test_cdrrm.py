@@ -1,4 +1,7 @@
-"""CDRRM: the worked example of its equations to six digits, the schemas, the parsers, and every degenerate case."""
+"""CDRRM: the worked example of its equations to six digits, the schemas, the parsers, and every degenerate case.
+
+The example's bias metrics are in tests/experiments/test_judging_bias.py.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,6 @@ TEXTS = ["names all five great lakes", "b", "names all five great lakes today", 
 
 def near(value):
     return pytest.approx(value, abs=1e-6, nan_ok=True)
-
-
-def slots(letters: str) -> list[int | None]:
-    return [None if letter == "-" else "AB".index(letter) for letter in letters]
 
 
 # ---------------------------------------------------------------- worked example
@@ -56,37 +55,6 @@ def test_filter_arithmetic():
     assert measures.filter_purity(0.7, 0.95, 0.45) == near((0.831250, 0.8))
     assert measures.filter_purity(0.7, 0.95, 0.45, 2) == near((0.912274, 0.6925))
     assert measures.filter_purity(0.5, 0, 0) == near((math.nan, 0))
-
-
-def test_position():
-    found = measures.position_metrics(slots("AAAABAB-"), slots("BBAAABBB"))
-    assert found == near({"acc": 0.625, "consistency": 0.5, "acc_consistent": 0.375, "first_bias": 0.033333})
-    assert all(map(math.isnan, measures.position_metrics([], []).values()))
-    always_first = measures.position_metrics([0] * 4, [0] * 4)
-    assert always_first == {"acc": 0.5, "consistency": 0.0, "acc_consistent": 0.0, "first_bias": 0.5}
-    assert math.isnan(measures.position_metrics([None], [None])["first_bias"])
-
-
-def test_verbosity():
-    chosen, rejected = [90, 80, 70, 60, 30, 20, 25, 50], [40, 30, 60, 20, 80, 70, 90, 50]
-    found = measures.verbosity_metrics([1, 1, 1, 0, 0, 1, 0, 1], chosen, rejected)
-    assert found == near(
-        {"pick_longer": 0.714286, "gold_longer": 0.571429, "longer_bias": 0.142857}
-        | {"acc_long": 0.75, "acc_short": 0.333333, "gap": 0.416667}
-    )
-    one_side = measures.verbosity_metrics([1, 0], [9, 9], [1, 1])
-    assert one_side["acc_long"] == 0.5 and math.isnan(one_side["acc_short"]) and math.isnan(one_side["gap"])
-    assert all(map(math.isnan, measures.verbosity_metrics([1], [5], [5]).values()))
-
-
-def test_regression():
-    pick, gold = [1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 1, 0], [1, 1, 0, 0, 1, 0, 1, 0, 1, 0, 0, 1]
-    len_a = [90, 50, 80, 30, 40, 60, 20, 70, 45, 25, 55, 35]
-    len_b = [45, 60, 40, 60, 30, 50, 80, 35, 50, 75, 30, 40]
-    assert measures.bias_regression(pick, gold, len_a, len_b) == near((0.399812, 0.479664, 0.997705))
-    assert all(map(math.isnan, measures.bias_regression([1, 1], [1, 0], [1, 2], [2, 1])))
-    perfect = measures.bias_regression(gold, gold, len_a, len_b)  # separable: the ridge keeps it finite
-    assert all(map(math.isfinite, perfect)) and perfect[1] > 3
 
 
 def test_supervised_loss_is_the_mean_over_answer_tokens():
@@ -134,20 +102,6 @@ def test_redundancy_against_a_plain_reference(rows):
     covered = redundancy.cover(table, kept)
     decided = {p for j in kept for p in range(3) if rows[j][p] == 1}
     assert {p for j in covered for p in range(3) if rows[j][p] == 1} == decided
-
-
-verdicts = st.lists(st.tuples(st.sampled_from([0, 1, None]), st.sampled_from([0, 1, None])), min_size=1, max_size=12)
-
-
-@given(verdicts)
-def test_position_against_a_plain_reference(pairs):
-    found = measures.position_metrics(*zip(*pairs, strict=True))
-    n = len(pairs)
-    assert found["acc"] == pytest.approx(sum((a == 0) + (b == 1) for a, b in pairs) / (2 * n))
-    same = sum(a is not None and b is not None and a != b for a, b in pairs)
-    assert found["consistency"] == pytest.approx(same / n)
-    swapped = measures.position_metrics([b for _, b in pairs], [a for a, _ in pairs])
-    assert swapped["consistency"] == found["consistency"]
 
 
 # ---------------------------------------------------------------- decision
