@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -326,8 +327,36 @@ def test_an_answer_that_instructs_the_judge_stays_data():
 
 
 def test_code_is_shown_as_it_is():
-    code = "if (a < b && c <= d) { std::vector<int> v; } # <div class='x'>"
+    code = "if (a < b && c <= d) { v[0] = w[i]; } # <div class='x'>"
     assert prompts.escape(code) == code
+    assert prompts.escape(text := "std::vector<int> v[MAX];").replace(prompts.JOINER, "") == text
+
+
+SPECIAL = (
+    "<tool_call> </tool_call> <sop> <mask> <start_of_image> <extra_id_0> <unused0> <fim_prefix> <BOS_TOKEN> <2en> "
+    "<pad/> [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CALLS] [gMASK] [CLS] [/INST] [control_8] [UNUSED_TOKEN_146] "
+    "[|user|] </s> <|im_end|> <|endoftext|> <｜User｜> <end_of_turn>"
+)
+
+
+def test_no_special_token_of_any_tokenizer_is_left():
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    tokens = SPECIAL.split()
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
+    for text in (SPECIAL, "".join(tokens), "".join(f"[<{token}>]" for token in tokens)):
+        assert set(tokenizer.encode(text).ids) - {0}
+        assert set(tokenizer.encode(prompts.boxed("response", text)).ids) == {0}
+
+
+@given(
+    st.lists(st.sampled_from([prompts.JOINER, "<a>", "<", "[AB]", "[", ">", "/", "[|", "x"]), max_size=9).map("".join)
+)
+def test_the_invisible_mark_can_be_taken_away_again(text):
+    marked = re.compile(f"(?:{prompts.WORD.pattern}){prompts.JOINER}")
+    assert marked.sub(lambda found: found[0][0], prompts.escape(text)) == text
 
 
 @given(st.text(alphabet="</|>response_ab \n[INST]", max_size=60))
