@@ -31,7 +31,8 @@ def draw(rows: Sequence[Measured], folder: Path) -> dict[str, str]:
         return {}
     made = {}
     # Names of judges come from files: a dollar sign is no mathematics.
-    with matplotlib.rc_context(STYLE | {"text.parse_math": False}), new_folder(folder):
+    style: dict[Any, Any] = {**STYLE, "text.parse_math": False}
+    with matplotlib.rc_context(style), new_folder(folder):
         for title, name, figure in (
             ("Accuracy against the length ratio", "length", _length(told)),
             ("What was said, by the slot of the right answer", "slots", _slots(told)),
