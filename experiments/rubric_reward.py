@@ -31,9 +31,9 @@ class RubricReward:
     `tournament` lets each two answers of a group meet in both orders, r_i = mean credit of i, G (G - 1) calls. engine:
     an engine's keys with its `_target_`, as in conf/engine. max_tokens: longest grading or judgment. The rubric is the
     column `rubric` of the data (JSON, as rubrics.jsonl has it); a tournament without one asks directly.
-    Degenerate: a grading that cannot be read is None (no reward there, never 0); an unreadable verdict counts 1/2, as
-    do two equal answers, about which nobody is asked. Raises ConfigError for a group of more than eight answers,
-    DataError for a row without a valid rubric.
+    Degenerate: a grading that is cut off or cannot be read is None (no reward there, never 0); an unreadable verdict
+    counts 1/2, as do two equal answers, about which nobody is asked. Raises ConfigError for a group of more than eight
+    answers, DataError for a row without a valid rubric.
     """
 
     def __init__(self, mode: str = "pointwise", engine: Mapping[str, Any] | Engine | None = None,
@@ -59,6 +59,8 @@ class RubricReward:
         values: list[float | None] = []
         for (_, rubric, _), result in zip(asked, results, strict=True):
             try:
+                if result.finish == "length":
+                    raise Rejected("cut off")
                 values.append(pointwise(*prompts.read_grades(result.text, rubric), alpha=self.alpha))
             except Rejected:
                 values.append(None)

@@ -104,6 +104,10 @@ class Result:
     error: str | None = None
 
 
+TOO_LONG = "the prompt fills the context"
+"""How the error of a request begins that no second attempt can mend."""
+
+
 def failed(request: Request, error: str, prompt_tokens: int = 0) -> list[Result]:
     """The n results of a request that could not be served."""
     return [Result("", None, None, "error", Usage(prompt_tokens, 0), error)] * request.n

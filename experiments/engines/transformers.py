@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from experiments.engines.base import BaseEngine, Request, Result, Usage, encode, failed
+from experiments.engines.base import TOO_LONG, BaseEngine, Request, Result, Usage, encode, failed
 from experiments.engines.sampling import pick, uniforms
 from experiments.seeds import derive
 from experiments.vision import model_inputs
@@ -106,7 +106,7 @@ class TransformersEngine(BaseEngine):
             ids = encode(self.tokenizer, request, self.chat)
             room = self.context() - len(ids)
             if not ids or room < 1:
-                problem = f"the prompt fills the context of {self.context()} tokens" if ids else "the prompt is empty"
+                problem = f"{TOO_LONG} of {self.context()} tokens" if ids else "the prompt is empty"
                 yield index, failed(request, f"{problem} ({len(ids)} tokens)", len(ids))
                 continue
             setting = _Setting(min(request.max_tokens, room), request.temperature, request.top_p, request.stop)

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from experiments.engines.base import BaseEngine, Request, Result, Usage, encode, failed
+from experiments.engines.base import TOO_LONG, BaseEngine, Request, Result, Usage, encode, failed
 from experiments.seeds import derive
 from methods.errors import ConfigError
 
@@ -93,7 +93,7 @@ class VllmEngine(BaseEngine):
             if ids and len(ids) < context:
                 ready.append((index, ids, request))
                 continue
-            problem = f"the prompt fills the context of {context} tokens" if ids else "the prompt is empty"
+            problem = f"{TOO_LONG} of {context} tokens" if ids else "the prompt is empty"
             yield index, failed(request, f"{problem} ({len(ids)} tokens)", len(ids))
         for start in range(0, len(ready), self.chunk_size):
             chunk = ready[start : start + self.chunk_size]

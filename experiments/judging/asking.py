@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from experiments.engines.base import Engine, Progress, Request, Result
+from experiments.engines.base import TOO_LONG, Engine, Progress, Request, Result
 
 SEED = 42  # of rubric writing and judging, as in the released code; with temperature 0 it only names the request
 
@@ -13,12 +13,14 @@ SEED = 42  # of rubric writing and judging, as in the released code; with temper
 class Asker:
     """One engine with its counts. `counts` holds why an answer was of no use, by reason.
 
-    max_tokens: longest completion. progress is called once per answer.
+    max_tokens: longest completion. progress is called once per answer. unanswered: requests that failed and can be
+    asked again, which a prompt that is too long for the model cannot.
     """
 
     def __init__(self, engine: Engine, max_tokens: int) -> None:
         self.engine, self.max_tokens = engine, max_tokens
         self.counts: Counter[str] = Counter()
+        self.unanswered = 0
         self.progress: Progress = lambda count: None
 
     def ask(self, prompts: Sequence[list[dict[str, str]]], begun: str = "") -> list[Result]:
@@ -32,4 +34,5 @@ class Asker:
         for result in results:
             if result.finish == "error":
                 self.counts[f"request failed: {result.error}"] += 1
+                self.unanswered += not (result.error or "").startswith(TOO_LONG)
         return results

@@ -99,7 +99,8 @@ def regression(told: Said, steps: int = 100) -> tuple[float, ...]:
     """(b0, b_gold, b_len): position, discernment and verbosity, by Newton's method on the penalised likelihood.
 
     sum log-likelihood - RIDGE / 2 (b_gold^2 + b_len^2); ties count as half a pick, unparsable verdicts are left out.
-    NaN where no verdict parses; one-sided picks make b0 large, and the steps end there.
+    An empty answer counts as one character. NaN where no verdict parses; one-sided picks make b0 large: it has no
+    maximum, and the steps end there.
     """
     keep = ~np.isnan(told.first_V)
     if not keep.any():

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.judging.pairs import TIE, UNPARSABLE
+from experiments.judging.pairs import FAILED, TIE, UNPARSABLE
 from methods.errors import DataError
 
 AGAIN = "delete the file and judge again"
@@ -20,7 +20,8 @@ RIGHT, WRONG, TIED, UNPARSED, NOT_ASKED = 0, 1, 2, 3, -1
 
 @dataclass(frozen=True)
 class Pairs:
-    """item_N indexes `Verdicts.subset` and its fellows; first_N: the better one stood first in the seeded order."""
+    """item_N indexes `Verdicts.subset` and its fellows; first_N: the better one stood first in the seeded order;
+    failed_N: a request about the pair failed (UNPARSED in that order)."""
 
     item_N: np.ndarray
     better_N: np.ndarray
@@ -31,6 +32,7 @@ class Pairs:
     scored_N: np.ndarray
     length_better_N: np.ndarray
     length_worse_N: np.ndarray
+    failed_N: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def arrays(table: Any, source: str = "verdicts") -> Verdicts:
     size, scored = columns["slots"].size, columns["scores"].size > 0
     agree = (columns["grades"].size == size) & (columns["lengths"].size == size)
     agree &= ~scored | (columns["scores"].size == size)
-    if not (agree & (size >= 2) & (choice < size) & (choice >= UNPARSABLE)).all():
+    if not (agree & (size >= 2) & (choice < size) & (choice >= FAILED)).all():
         raise DataError("A verdict names a slot that was not shown, or lacks grades or lengths", where=source)
     parts, lists = [], []
     for k in np.unique(size):
@@ -90,7 +92,9 @@ def arrays(table: Any, source: str = "verdicts") -> Verdicts:
         at = rows[r]
         said = _outcome(score[r, i], score[r, j], scored[at], choice[at], i, j)
         lengths_r = lengths[r, i], lengths[r, j]
-        parts.append((item[at], slots[r, i], slots[r, j], swapped[at], said, i < j, scored[at], *lengths_r))
+        parts.append(
+            (item[at], slots[r, i], slots[r, j], swapped[at], said, i < j, scored[at], *lengths_r, choice[at] == FAILED)
+        )
     joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return Verdicts(
         names[0],
@@ -107,7 +111,7 @@ def arrays(table: Any, source: str = "verdicts") -> Verdicts:
 
 def _outcome(better: np.ndarray, worse: np.ndarray, scored: np.ndarray, choice: np.ndarray, i: Any, j: Any) -> Any:
     """What verdicts say about the better responses in slots i and the worse ones in slots j."""
-    by_choice = np.select([choice == i, choice == TIE, choice == UNPARSABLE], [RIGHT, TIED, UNPARSED], WRONG)
+    by_choice = np.select([choice == i, choice == TIE, choice <= UNPARSABLE], [RIGHT, TIED, UNPARSED], WRONG)
     unknown = np.isnan(better) | np.isnan(worse)
     by_score = np.select([unknown, better > worse, better == worse], [UNPARSED, RIGHT, TIED], WRONG)
     return np.where(scored, by_score, by_choice)
@@ -115,7 +119,7 @@ def _outcome(better: np.ndarray, worse: np.ndarray, scored: np.ndarray, choice: 
 
 def _paired(joined: list[np.ndarray], source: str) -> Pairs:
     """Both orders of a pair brought together."""
-    item, better, worse, swapped, told, first, scored, long_better, long_worse = joined
+    item, better, worse, swapped, told, first, scored, long_better, long_worse, lost = joined
     most = int(max(better.max(initial=0), worse.max(initial=0))) + 1
     key = (item.astype(np.int64) * most + better) * most + worse
     _, order, code = np.unique(key, return_index=True, return_inverse=True)
@@ -131,7 +135,8 @@ def _paired(joined: list[np.ndarray], source: str) -> Pairs:
     gold_first = np.empty(len(order), bool)
     gold_first[code] = first ^ swapped
     kept = (item[order], better[order], worse[order])
-    return Pairs(*kept, said[0], said[1], gold_first, scored[order], long_better[order], long_worse[order])
+    lengths, failed = (long_better[order], long_worse[order]), np.bincount(code, lost, len(order)) > 0
+    return Pairs(*kept, said[0], said[1], gold_first, scored[order], *lengths, failed)
 
 
 # ---------------------------------------------------------------- credit

@@ -30,7 +30,9 @@ def draw(rows: Sequence[Measured], folder: Path) -> dict[str, str]:
     if not any(len(found.first_V) for found in told.values()):
         return {}
     made = {}
-    with matplotlib.rc_context(STYLE), new_folder(folder):
+    # Names of judges come from files: a dollar sign is no mathematics.
+    style: dict[Any, Any] = {**STYLE, "text.parse_math": False}
+    with matplotlib.rc_context(style), new_folder(folder):
         for title, name, figure in (
             ("Accuracy against the length ratio", "length", _length(told)),
             ("What was said, by the slot of the right answer", "slots", _slots(told)),
@@ -73,12 +75,18 @@ def _length(told: dict[str, Said]) -> Any:
         low = [max(0.0, i.mean - i.low) if i.basis else 0.0 for _, i in points]
         high = [max(0.0, i.high - i.mean) if i.basis else 0.0 for _, i in points]
         colour = COLOURS[k % len(COLOURS)]
-        axis.errorbar(x, y, yerr=(low, high), marker="o", markersize=4, color=colour, elinewidth=1, label=short(judge))
+        axis.errorbar(
+            x, y, yerr=(low, high), marker="o", markersize=4, color=colour, elinewidth=1, label=_legend(judge)
+        )
     axis.set_xlabel("log2 (length of the right answer / length of the wrong one)")
     axis.set_ylabel("accuracy, 95 % interval")
     axis.set_ylim(-0.03, 1.03)
     axis.legend(frameon=False, fontsize=9)
     return figure
+
+
+def _legend(judge: str) -> str:
+    return f" {short(judge)}" if judge.startswith("_") else short(judge)  # a label with `_` in front is left out
 
 
 def _slots(told: dict[str, Said]) -> Any:

@@ -144,6 +144,7 @@ def _read_rmb(record: Record, where: str) -> Item:
         raise DataError("The conversation cannot be read", where=where, got=repr(turns)[:100], expected=expected)
     prompt = [{"role": t["role"], "content": t["content"]} for t in turns]
     losers = record[worse] if best_of_n else [record[worse]]
+    losers = losers if isinstance(losers, list) else []
     answers = [a.get("answer") if isinstance(a, dict) else None for a in (record[better], *losers)]
     if not all(isinstance(answer, str) for answer in answers) or len(answers) < 2:
         expected = "{llm_name, answer}, and at least one loser"

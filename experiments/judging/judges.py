@@ -9,7 +9,7 @@ from typing import Literal
 from experiments.engines.base import Engine, Progress
 from experiments.judging import rubrics
 from experiments.judging.asking import Asker
-from experiments.judging.pairs import UNPARSABLE, Question, Verdict
+from experiments.judging.pairs import FAILED, UNPARSABLE, Question, Verdict
 from methods.cdrrm import prompts
 from methods.cdrrm.parsing import Rejected, winner
 from methods.cdrrm.rubric import Rubric
@@ -24,7 +24,7 @@ class Direct:
 
     max_tokens: longest judgment. analysis: let the model reason first; false begins its answer with the verdict line,
     so that it writes the letter only (for models too small to keep to a form).
-    Degenerate: an answer without a readable last line is UNPARSABLE, as is a request that failed; both are counted in
+    Degenerate: an answer without a readable last line is UNPARSABLE, a request that failed FAILED; both are counted in
     `counts`.
     """
 
@@ -56,9 +56,12 @@ class Direct:
             for question, rubric in zip(questions, given, strict=True)
         ]
         for question, result in zip(questions, self.asker.ask(asked, self.begun), strict=True):
-            text = result.text if result.finish == "error" or not self.begun else self.begun + first_word(result.text)
-            slot = None if result.finish == "error" else winner(text)
-            if slot is None and result.finish != "error":
+            if result.finish == "error":
+                yield Verdict(question, FAILED)
+                continue
+            text = self.begun + first_word(result.text) if self.begun else result.text
+            slot = winner(text)
+            if slot is None:
                 self.asker.counts["verdict: no winner"] += 1
             yield Verdict(question, UNPARSABLE if slot is None else slot, text)
 

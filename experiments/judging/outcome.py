@@ -29,6 +29,7 @@ def record(cfg: DictConfig, file: Path, writer: Any, benchmark: Any) -> dict[str
     values: dict[str, float] = {"verdicts": float(verdicts.count)}
     if len(frame):
         writer.eval(frame, step=0)
+        frame = frame[frame["finish"] != "error"]
         # Without intervals: those of the benchmark are in its table, and `assay report` makes its own over seeds.
         values |= {f"eval/{name}": mean for name, mean in frame.select_dtypes(float).mean().to_dict().items()}
         tiers: Any = frame.groupby("tier")["score"].mean()
@@ -42,7 +43,8 @@ def pair_rows(verdicts: Verdicts) -> pd.DataFrame:
     score: credit over both orders where both were asked, else of the seeded order (ties and unparsable 1/2). tier: for
     three styles (RM-Bench) hard where the chosen answer is the plainer one, normal, easy; else `all`. consistent: both
     orders name the same answer. first: share of slot A among parsed verdicts. unparsable: share. gap: its mean is the
-    easy minus the hard accuracy. length: characters of the better answer.
+    easy minus the hard accuracy. length: characters of the better answer. finish: `error` where a request failed, and
+    such a pair enters no figure of an evaluation.
     """
     import pandas as pd
 
@@ -67,7 +69,7 @@ def pair_rows(verdicts: Verdicts) -> pd.DataFrame:
             "score": score.astype(float),
             "length": pairs.length_better_N.astype(float),
             "tier": level,
-            "finish": "stop",
+            "finish": np.where(pairs.failed_N, "error", "stop"),
             "first": _mean(first),
             "unparsable": np.mean([told == UNPARSED for told in said], axis=0),
         }

@@ -21,7 +21,7 @@ from experiments.seeds import derive
 from experiments.tasks.base import first_line
 from methods.errors import ConfigError, DataError
 
-TIE, UNPARSABLE = -1, -2
+TIE, UNPARSABLE, FAILED = -1, -2, -3
 LISTS_ONLY = ("rewardbench2",)
 Form = Literal["pairs", "all"]
 Orders = Literal["seeded", "both"]
@@ -116,7 +116,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said: the slot it prefers, TIE or UNPARSABLE.
+    """What a judge said: the slot it prefers, TIE or UNPARSABLE; FAILED where the request could not be had.
 
     text: its output, raw. scores: one per slot where the judge is pointwise (NaN: no score could be had); then
     `choice` follows from them, and the benchmarks use the scores. `Verdict.of_scores` fills both.
@@ -129,7 +129,7 @@ class Verdict:
 
     def __post_init__(self) -> None:
         slots = len(self.question.slots)
-        if not (UNPARSABLE <= self.choice < slots) or len(self.scores) not in (0, slots):
+        if not (FAILED <= self.choice < slots) or len(self.scores) not in (0, slots):
             raise ValueError(f"choice {self.choice} and {len(self.scores)} scores for {slots} slots")
 
     @classmethod

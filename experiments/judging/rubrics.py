@@ -24,6 +24,8 @@ def read(asker: Asker, results: Iterable[Result], parse: Callable[[str], Parsed]
         try:
             if result.finish == "error":
                 raise Rejected("request failed")
+            if result.finish == "length":
+                raise Rejected("cut off")
             found.append(parse(result.text))
         except Rejected as refusal:
             asker.counts[f"{what}: {refusal.reason}"] += 1

@@ -14,7 +14,7 @@ from experiments.engines.build import build_engine, engine_factory, instantiate
 from experiments.engines.progress import progress_bar
 from experiments.evaluate import is_done, sigterm_interrupts
 from experiments.judging.pairs import Question, Verdict, questions, write_verdicts
-from methods.errors import ConfigError, RunError
+from methods.errors import ConfigError, RecordError, RunError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -29,19 +29,22 @@ def run(cfg: DictConfig) -> Path:
     """Do the step that `cfg` (conf/judge.yaml) names and return the run folder.
 
     A finished record of the same configuration is returned at once. An interrupted run goes on where it was, because
-    every answer is in the cache. Raises RecordError for a record of another configuration in its place, RunError if
-    no answer could be had, KeyboardInterrupt on SIGINT and SIGTERM.
+    every answer is in the cache. Raises RecordError for a record of another configuration or other data in its place,
+    RunError if a request failed that can be asked again (files are written, the record is not finished),
+    KeyboardInterrupt on SIGINT and SIGTERM.
     """
     from experiments.recording import make_room, only_writer, open_record, run_folder
 
     path = run_folder(cfg)
     if is_done(path, cfg):
+        _refuse_other_data(path, cfg)
         print(f"{path}: finished earlier, skipped", file=sys.stderr)
         return path
     check(cfg)
     with only_writer(path):
         make_room(path, cfg)
         writer = open_record(path, cfg, "judge")
+        writer.update(data=_data(cfg))
         try:
             with sigterm_interrupts():
                 values, cost = _work(cfg, writer)
@@ -50,6 +53,25 @@ def run(cfg: DictConfig) -> Path:
             raise
         writer.finish(values, cost)
     return path
+
+
+def _data(cfg: DictConfig) -> dict[str, Any]:
+    """What tells the benchmark's files apart from others of their names; {} where no file is read."""
+    benchmark = instantiate(cfg.benchmark)
+    return benchmark.fingerprint() if hasattr(benchmark, "fingerprint") else {}
+
+
+def _refuse_other_data(path: Path, cfg: DictConfig) -> None:
+    from experiments.records import load_run
+
+    earlier, here = load_run(path).run.get("data"), _data(cfg)
+    if earlier and here and earlier != here:
+        raise RecordError(
+            "The data has changed since this record was made",
+            where=str(path),
+            got=", ".join(sorted(name for name in {**earlier, **here} if earlier.get(name) != here.get(name))[:4]),
+            fix="give the run another name=..., or overwrite=true to throw the old record away",
+        )
 
 
 def check(cfg: DictConfig) -> None:
@@ -69,6 +91,8 @@ def check(cfg: DictConfig) -> None:
             "Profiles are contrasted by judge=cdrrm only", where="judge.by.writer", got=make.keywords.get("writer")
         )
     instantiate(cfg.benchmark)
+    if make.keywords.get("generator"):
+        _weights_of_generator(cfg)
     if getattr(make.func, "needs", "") == "engine":
         make(engine=None, **({"generator": None} if "generator" in make.keywords else {}))
         asks = engine_factory(cfg)
@@ -93,6 +117,17 @@ def build_judge(cfg: DictConfig, stack: contextlib.ExitStack) -> Any:
     if not make.keywords.get("generator"):
         return make(engine=engine)
     return make(engine=engine, generator=stack.enter_context(_generator(cfg)))
+
+
+def _weights_of_generator(cfg: DictConfig) -> Path:
+    from experiments.weights import find_init
+
+    try:
+        return find_init(cfg.judge.by.generator, int(cfg.seed), cfg.results_dir)
+    except ConfigError as error:
+        raise ConfigError(
+            error.what, where="judge.by.generator", got=error.got, expected=error.expected, fix=error.fix
+        ) from error
 
 
 def _generator(cfg: DictConfig) -> Any:
@@ -142,7 +177,16 @@ def _work(cfg: DictConfig, writer: Any) -> tuple[dict[str, float], dict[str, flo
     if 0 < cost.get("requests", 0) == cost.get("errors", 0) and not cost.get("cached"):
         raise RunError("No answer could be had", got="; ".join(judge.counts) or "errors only",
                        fix="see the reasons above; the same command then asks again")  # fmt: skip
+    if lost := _unanswered(judge):
+        raise RunError(f"{lost} requests failed, so the run is not finished", where=str(writer.path),
+                       got="; ".join(reason for reason in judge.counts if reason.startswith("request failed")),
+                       fix="the same command asks only those again; until then they count as unparsable")  # fmt: skip
     return values, {**cost, "seconds": time.monotonic() - began}
+
+
+def _unanswered(judge: Any) -> int:
+    """Requests that failed and can be asked again."""
+    return sum(getattr(asker, "unanswered", 0) for asker in vars(judge).values())
 
 
 def engine_cost(judge: Any) -> dict[str, float]:

@@ -36,6 +36,8 @@ def run(cfg: DictConfig, judge: ByRubric, benchmark: Any, folder: Path) -> dict[
 
     profiles.jsonl, rubrics.jsonl: one line per answer and pair, with the reason where there is none.
     generator_sft.jsonl, judge_sft.jsonl (filter): chat messages for `assay train objective=sft`.
+    Differs from the paper: the rubrics in judge_sft.jsonl are the teacher's, not those of the trained generator, which
+    there is not yet.
     """
     step, both = cfg.judge.step, cfg.judge.orders == "both"
 
@@ -103,7 +105,10 @@ def _window(
                 kept.append((data.generator_row(prompt, a, b, rubric), judged))
         write["rubrics"](line)
     if step == "filter":
-        asked = [q for question in window for q in _orders(question, both)]
+        # On the pairs that have a rubric, so that both accuracies have the same denominator.
+        judged = zip(window, written, strict=True)
+        asked = [q for question, r in judged if isinstance(r, Rubric) for q in _orders(question, both)]
+        judge.asker.progress(len(window) * (1 + both) - len(asked))
         free = list(judge.by_rubrics(asked, [None] * len(asked)))
         counts["verdicts without rubric right"] += sum(v.choice == v.question.gold for v in free)
         counts["verdicts without rubric"] += len(free)

@@ -164,8 +164,9 @@ def markdown(
 
 
 def safe(name: str) -> str:
-    """A name from data as a table shows it: one line, no markup."""
-    return html.escape("".join(c if c.isprintable() else " " for c in name), quote=False)
+    """A name from data as a table shows it: one line, no markup, no link."""
+    text = html.escape("".join(c if c.isprintable() else " " for c in name), quote=False)
+    return text.replace("[", "&#91;").replace("]", "&#93;")
 
 
 def _head(row: Measured, official: bool, left_out: Mapping[str, int]) -> str:

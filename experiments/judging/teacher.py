@@ -28,7 +28,8 @@ GAP = "; "
 @dataclass(frozen=True)
 class Teacher:
     """status: share of findings that are wrong. relevance: share of properties whose being asked for is misread, for
-    each answer on its own. corrupt: share of the rules that are replaced by another property of the case.
+    each answer on its own. corrupt: share of the rules that are replaced by a property of the case drawn at random,
+    which is the same one again in 1 of 8 draws.
     """
 
     status: float = 0.1

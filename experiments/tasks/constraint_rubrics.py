@@ -40,12 +40,13 @@ CHOICES = {
 class ConstraintRubrics(ConstraintWorld):
     """`has a; ends b\\nA: ...\\nB: ...\\nrubric: ` -> `ends b`, judged by what a judge that follows the rules picks.
 
-    target: `rubric` trains the generator, `winner` the direct judge (`A` or `B`). corrupt: share of the teacher's rules
-    that are another property of the case. filter: how often the judge must recover the label from a rubric (none, one
-    order, both). slip: share of the judge's readings in the filter that name a random slot. labels: `random` ones reach
-    the filter and the winner, and nothing else. slots: in training pairs A is a coin flip, or always the chosen answer,
-    which is what the released scripts do. judged_by: in the evaluation the answers are judged by their own rubric, by
-    the one that the generator writes for the next case, or by all eight rules (one step, without a diagnosis).
+    target: `rubric` trains the generator, `winner` the direct judge (`A` or `B`). corrupt: share of the teacher's
+    rules that are drawn anew from the case's eight (1 of 8 draws gives the same one). filter: how often the judge must
+    recover the label from a rubric (none, one order, both). slip: share of the judge's readings in the filter that
+    name a random slot. labels: `random` ones reach the filter and the winner, and nothing else. slots: in training
+    pairs A is a coin flip, or always the chosen answer, which is what the released scripts do. judged_by: in the
+    evaluation the answers are judged by their own rubric, by the one that the generator writes for the next case, or
+    by all eight rules (one step, without a diagnosis).
     train_rows counts pairs before the filter. Every case is evaluated in both orders, the rubric written anew.
     Degenerate: a text that is no rubric, and a tie, earn 1/2 (`invalid`, `tie`); a winner that is no letter earns 0.
     Differs from the paper: rules in the world's own words in place of JSON; the frozen judge is a program.

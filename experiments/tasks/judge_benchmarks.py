@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 from collections import Counter
@@ -97,6 +98,19 @@ class Benchmark:
         for record, where in records(self.source, self.split or self.format.split):
             yield read_item(self.name, record, where)
 
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 of every file that the rows come from, by name; {} for a hub data set. DataError."""
+        path, found = Path(self.source).expanduser(), {}
+        folder = path if path.is_dir() else path.parent
+        try:
+            for file in _files(path) if path.is_dir() else [path] if path.is_file() else []:
+                with file.open("rb") as data:
+                    content = hashlib.file_digest(data, "sha256").hexdigest()
+                found[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": content}
+        except OSError as error:
+            raise DataError("The data file cannot be read", where=str(path), got=first_line(error)) from error
+        return found
+
     @property
     def source(self) -> str:
         """The file, folder or hub id that the rows come from."""
@@ -154,7 +168,7 @@ def _json(path: Path) -> Iterator[dict]:
     """The objects of a JSON list: the authors' own form of RM-Bench, RMB and LLMBar. Read as a whole."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError("The data file cannot be read", where=str(path), got=first_line(error)) from error
     if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
         got = type(found).__name__

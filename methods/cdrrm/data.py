@@ -29,8 +29,8 @@ def judge_row(
 ) -> dict | None:
     """P4 answered by the teacher's analysis and winner; None where the text names no winner.
 
-    Differs from the paper: no switch against thinking is put into the prompt; where a model needs one it is an
-    argument of its chat template.
+    Differs from the paper: `rubric` is there the trained generator's, in the rows of `assay judge` the teacher's. No
+    switch against thinking is put into the prompt; where a model needs one it is an argument of its chat template.
     """
     if winner(text) is None:
         return None

@@ -11,8 +11,10 @@ from methods.errors import nearest
 THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 MARKER = re.compile(r"final\s+judge?ment", re.IGNORECASE)
-WINNER = re.compile(r"(?i:winner)[^\w\n]*(?i:response)[^\w\n]+([AB])[^\w\n]*$", re.MULTILINE)
-SAID = re.compile(r"(?i:winner)[^\w\n]*(?i:response)[^\w\n]+([AB])\b")
+# A line that begins with `Winner`, whatever decorates it, and a colon or `Response`; behind it what it says.
+LINE = re.compile(r"^(?:_|[^\w\n])*(?i:winner)(?:(?:_|[^\w\n])*:|(?=(?:_|[^\w\n])*(?i:response)\b))(.*)$", re.MULTILINE)
+NAMED = re.compile(r"(?:_|\W)*(?i:response)[\W_]+([AB])(?!_*[^\W_])")
+ALSO = re.compile(r"[^\w/|&]*(?:[/|&]|(?i:or|and)\b)\W*(?:(?i:winner)\W*)?(?:(?i:response)\W*)?([AB])\b")
 
 
 class Rejected(ValueError):
@@ -31,13 +33,14 @@ def without_thinking(text: str) -> str:
 def parse_json(text: str) -> dict[str, Any]:
     """The JSON object in `text`: the whole text, else a fenced block, else from the first `{` to the last `}`.
 
-    A thinking block is left out first, unless only the text with it can be read: a value may quote `<think>`.
-    Raises Rejected: "not JSON", or "no JSON object" for JSON of another kind.
+    A thinking block is left out first; a value may quote `<think>`, but what stands in a block, closed or not, is no
+    answer. Raises Rejected: "not JSON", or "no JSON object" for JSON of another kind.
     """
     other = False
-    tries = [text]
-    for part in (without_thinking(text), text):
-        tries += [part, *FENCED.findall(part), part[part.find("{") : part.rfind("}") + 1]]
+    said, first = without_thinking(text), text.find("{")
+    tries = [text, said, *FENCED.findall(said), said[said.find("{") : said.rfind("}") + 1]]
+    if text.rfind("<think>", 0, first) <= text.rfind("</think>", 0, first):  # the first brace is in no block
+        tries.append(text[first : text.rfind("}") + 1])
     for candidate in filter(None, tries):
         try:
             found = json.loads(candidate)
@@ -50,19 +53,21 @@ def parse_json(text: str) -> dict[str, Any]:
 
 
 def winner(text: str) -> int | None:
-    """The slot (0 = A, 1 = B) of the last `Winner: Response X` that ends a line behind the final-judgment marker.
+    """The slot (0 = A, 1 = B) that the last line `Winner: Response X` behind the final-judgment marker names.
 
-    Without a marker the whole text counts. None where there is no such line, or where it names both: unparsable.
+    The line begins with these words, decorated or not, and may go on; one inside a line is a quotation. Without a
+    marker the whole text counts. None where there is no such line, or where the last one names no slot or joins both
+    (`A or B`): unparsable, and no earlier line decides.
     Differs from the released code, which takes the first match anywhere, so that the analysis can decide.
     """
     text = without_thinking(text)
     marker = MARKER.search(text)
-    found = list(WINNER.finditer(text, marker.end() if marker else 0))
-    if not found:
+    lines = LINE.findall(text[marker.end() :] if marker else text)
+    named = NAMED.match(lines[-1]) if lines else None
+    if named is None:
         return None
-    start = text.rfind("\n", 0, found[-1].start()) + 1
-    named = set(SAID.findall(text[start : found[-1].end()]))
-    return None if len(named) > 1 else "AB".index(found[-1][1])
+    also = ALSO.match(lines[-1], named.end())
+    return None if also and also[1] != named[1] else "AB".index(named[1])
 
 
 def text_of(record: dict, key: str, what: str) -> str:

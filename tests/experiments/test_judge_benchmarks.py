@@ -198,6 +198,15 @@ def test_a_control_judge_is_a_function_of_the_question(rule):
     assert {v.question.key: v.choice for v in ask(judge, asked[::-1], batch=7)} == whole
 
 
+@pytest.mark.parametrize("text", ['[{"category_path": "BoN_set/Helpfulness/x", "conversation_input": '
+                                  '[{"role": "user", "content": "q"}], "bon_uid": "1", "bon_best": {"answer": "a"}, '
+                                  '"loser_list": 5}]', "[" * 100_000])  # fmt: skip
+def test_damaged_json_is_a_data_error(tmp_path, text):
+    (tmp_path / "rmb.json").write_text(text)
+    with pytest.raises(DataError, match=r"rmb\.json"):
+        list(Benchmark("rmb", str(tmp_path / "rmb.json"), official=False).stream())
+
+
 def test_pairs_of_rewardbench_2_are_refused_before_they_are_paid_for():
     with pytest.raises(ConfigError, match=r"all responses at once.*judge\.by\.form=all"):
         next(questions(ConstraintBenchmark("rewardbench2", count=4).stream(), 0))

@@ -14,7 +14,7 @@ from experiments.engines.base import BaseEngine, Result, Usage, failed
 from experiments.engines.cache import CachedEngine
 from experiments.judging import run as running
 from experiments.judging.judges import ByRubric, Direct
-from experiments.judging.pairs import UNPARSABLE, Item, Question, questions
+from experiments.judging.pairs import FAILED, UNPARSABLE, Item, Question, questions
 from methods.errors import AssayError, ConfigError, RunError
 
 
@@ -37,9 +37,11 @@ class Program(BaseEngine):
 
     name = "program"
 
-    def __init__(self, after: int | None = None, broken: str = "", first: bool = False) -> None:
+    def __init__(
+        self, after: int | None = None, broken: str = "", first: bool = False, why: str = "the prompt fills the context"
+    ) -> None:
         super().__init__()
-        self.after, self.broken, self.first, self.asked = after, broken, first, []
+        self.after, self.broken, self.first, self.why, self.asked = after, broken, first, why, []
 
     def identity(self):
         return {"engine": "program"}
@@ -50,7 +52,7 @@ class Program(BaseEngine):
                 raise KeyboardInterrupt
             self.asked.append(request.messages)
             if self.broken and self.broken in request.messages[1]["content"]:
-                yield index, failed(request, "the prompt fills the context")
+                yield index, failed(request, self.why)
                 continue
             yield index, [Result(self.answer(*request.messages[:2]), None, None, "stop", Usage(9, 1))]
 
@@ -124,7 +126,7 @@ def test_what_cannot_be_read_is_counted():
     assert judge.counts["profile: not JSON"] == 1
     assert judge.counts["rubric: both profiles are the same"] == 1
     assert judge.counts["no rubric: asked directly"] == 3
-    assert found[3].choice == UNPARSABLE and judge.counts["request failed: the prompt fills the context"] == 2
+    assert found[3].choice == FAILED and judge.counts["request failed: the prompt fills the context"] == 2
     assert judge.counts["verdict: no winner"] == 0
 
 
@@ -206,6 +208,43 @@ def test_bench_writes_a_table(configured):
     assert running.run(configured(engine, "judge=direct")) == path and not engine.asked
 
 
+def test_changed_data_is_another_run(configured):
+    path = running.run(configured(Program(), "judge=longer"))
+    known = json.loads((path / "run.json").read_text())["data"]["pairs.jsonl"]
+    assert known["bytes"] > 0 and len(known["sha256"]) == 64
+    assert running.run(configured(Program(), "judge=longer")) == path  # written anew, the same bytes
+    rows = [{"id": 1, "prompt": "p", "chosen": "a", "rejected": "bb"}]
+    with pytest.raises(AssayError, match=r"data has changed.*pairs\.jsonl"):
+        running.run(configured(Program(), "judge=longer", rows=rows))
+    assert running.run(configured(Program(), "judge=longer", "overwrite=true", rows=rows)) == path
+
+
+def test_failed_requests_leave_the_run_unfinished(configured):
+    """A file with 12 pairs; the endpoint refuses what is said about the pairs 1, 10 and 11, in both orders."""
+    import pandas as pd
+
+    with pytest.raises(RunError, match=r"6 requests failed.*HTTP 400") as refusal:
+        running.run(configured(Program(broken="do 1", why="HTTP 400"), "judge=direct"))
+    path = Path(refusal.value.where)
+    assert json.loads((path / "run.json").read_text())["status"] == "failed" and not (path / "summary.json").exists()
+    frame = pd.read_parquet(path / "eval.parquet")
+    assert (frame["finish"] == "error").sum() == 3 and (path / "table.md").is_file()
+    engine = Program()
+    assert running.run(configured(engine, "judge=direct")) == path and len(engine.asked) == 6
+    assert set(pd.read_parquet(path / "eval.parquet")["finish"]) == {"stop"}
+
+
+def test_prompts_that_no_model_call_can_answer_do_not_keep_a_run_from_finishing(configured):
+    path = running.run(configured(Program(broken="do 1"), "judge=direct"))
+    metrics = json.loads((path / "summary.json").read_text())["metrics"]
+    assert metrics["count/request failed: the prompt fills the context"] == 6 and metrics["eval/unparsable"] == 0
+
+
+def test_a_filter_with_failed_requests_is_not_finished(configured):
+    with pytest.raises(RunError, match=r"requests failed.*HTTP 400"):
+        running.run(configured(Program(broken="do 1", why="HTTP 400"), "judge.step=filter"))
+
+
 def test_the_filter_keeps_rubrics_that_recover_the_label(configured):
     rows = [{"id": k, "prompt": f"do {k}", "chosen": f"good {k}", "rejected": f"bad one {k}"} for k in range(8)]
     rows += [{"id": f"x{k}", "prompt": f"do {k}", "chosen": f"bad {k}", "rejected": f"good one {k}"} for k in range(4)]
@@ -217,7 +256,8 @@ def test_the_filter_keeps_rubrics_that_recover_the_label(configured):
     metrics = json.loads((path / "summary.json").read_text())["metrics"]
     assert metrics["kept"] == 8 and metrics["kept_share"] == pytest.approx(8 / 12)
     assert metrics["accuracy_with_rubric"] == pytest.approx(8 / 12) and metrics["profiles_rejected"] == 1
-    assert metrics["accuracy_without_rubric"] == pytest.approx(1 / 13)  # the longer answer
+    assert metrics["accuracy_without_rubric"] == 0  # the longer answer, on the 12 pairs with a rubric
+    assert metrics["verdicts_without_rubric"] == metrics["verdicts_with_rubric"] == 24
     generator, judge = lines(path / "generator_sft.jsonl"), lines(path / "judge_sft.jsonl")
     assert len(generator) == len(judge) == 8
     first = [boxes(row["messages"][1]["content"])["response_a"].startswith("good") for row in generator]
@@ -254,6 +294,7 @@ def test_what_is_refused(configured):
         (["judge.step=bnch"], "judge.step"),
         (["judge.orders=one"], "judge.orders"),
         (["judge=direct", "judge.by.max_tokens=0"], "max_tokens"),
+        (["judge=cdrrm_generator", "judge.by.generator=/nonexist"], "judge.by.generator"),
     ):
         with pytest.raises(AssayError, match=said):
             running.run(configured(Program(), *words))

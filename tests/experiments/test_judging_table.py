@@ -8,7 +8,7 @@ import pytest
 from experiments.judging.bias import said
 from experiments.judging.controls import ControlJudge
 from experiments.judging.credit import arrays
-from experiments.judging.figures import by_length, confusion
+from experiments.judging.figures import _length, by_length, confusion
 from experiments.judging.pairs import UNPARSABLE, Item, Question, Verdict, ask, questions, read_verdicts, write_verdicts
 from experiments.judging.table import markdown, measure, report, safe, trivial, with_trivial
 from experiments.tasks.constraint_world import ConstraintBenchmark
@@ -53,6 +53,7 @@ def test_always_first_and_random_say_what_they_are(tmp_path):
 
 def test_names_from_data_cannot_write_markup(tmp_path):
     assert safe("a|b\n<script>") == "a|b &lt;script&gt;"
+    assert safe("[x](javascript:y)") == "&#91;x&#93;(javascript:y)"
     item = Item("1", "pairs", "x|y\n# z", "q", ("a", "b"), (1, 0))
     other = Item("2", "pairs", "plain", "q", ("a", "b"), (1, 0))
     path = tmp_path / "v.parquet"
@@ -61,6 +62,16 @@ def test_names_from_data_cannot_write_markup(tmp_path):
     assert "| x\\|y # z" in page and "<b>" not in page and "Left out: 2 with tie label." in page
     assert "not one verdict could be parsed" in page and "Overall, strict" in page
     assert all(line.count("| ") > 1 for line in page.splitlines() if line.startswith("|"))
+
+
+def test_any_name_of_a_judge_can_be_drawn(tmp_path):
+    told = {name: said(arrays(table(tmp_path, "longer")[0])) for name in ("$a$", r"$\frac{$", "_mine")}
+    legend = _length(told).axes[0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == list(told)
+    path = tmp_path / "v.parquet"
+    item = Item("1", "pairs", "all", "q", ("a", "b"), (1, 0))
+    write_verdicts(path, [Verdict(Question(item, (0, 1)), 0)], {"judge": r"$\frac{$"})
+    assert report([path], tmp_path / "page").is_file()
 
 
 def test_two_benchmarks_are_no_table(tmp_path):

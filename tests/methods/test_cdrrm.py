@@ -1,10 +1,14 @@
-"""CDRRM: the worked example of its equations to six digits, the schemas, the parsers, and every degenerate case."""
+"""CDRRM: the worked example of its equations to six digits, the schemas, the parsers, and every degenerate case.
+
+The example's bias metrics are in tests/experiments/test_judging_bias.py.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -24,10 +28,6 @@ TEXTS = ["names all five great lakes", "b", "names all five great lakes today", 
 
 def near(value):
     return pytest.approx(value, abs=1e-6, nan_ok=True)
-
-
-def slots(letters: str) -> list[int | None]:
-    return [None if letter == "-" else "AB".index(letter) for letter in letters]
 
 
 # ---------------------------------------------------------------- worked example
@@ -56,37 +56,6 @@ def test_filter_arithmetic():
     assert measures.filter_purity(0.7, 0.95, 0.45) == near((0.831250, 0.8))
     assert measures.filter_purity(0.7, 0.95, 0.45, 2) == near((0.912274, 0.6925))
     assert measures.filter_purity(0.5, 0, 0) == near((math.nan, 0))
-
-
-def test_position():
-    found = measures.position_metrics(slots("AAAABAB-"), slots("BBAAABBB"))
-    assert found == near({"acc": 0.625, "consistency": 0.5, "acc_consistent": 0.375, "first_bias": 0.033333})
-    assert all(map(math.isnan, measures.position_metrics([], []).values()))
-    always_first = measures.position_metrics([0] * 4, [0] * 4)
-    assert always_first == {"acc": 0.5, "consistency": 0.0, "acc_consistent": 0.0, "first_bias": 0.5}
-    assert math.isnan(measures.position_metrics([None], [None])["first_bias"])
-
-
-def test_verbosity():
-    chosen, rejected = [90, 80, 70, 60, 30, 20, 25, 50], [40, 30, 60, 20, 80, 70, 90, 50]
-    found = measures.verbosity_metrics([1, 1, 1, 0, 0, 1, 0, 1], chosen, rejected)
-    assert found == near(
-        {"pick_longer": 0.714286, "gold_longer": 0.571429, "longer_bias": 0.142857}
-        | {"acc_long": 0.75, "acc_short": 0.333333, "gap": 0.416667}
-    )
-    one_side = measures.verbosity_metrics([1, 0], [9, 9], [1, 1])
-    assert one_side["acc_long"] == 0.5 and math.isnan(one_side["acc_short"]) and math.isnan(one_side["gap"])
-    assert all(map(math.isnan, measures.verbosity_metrics([1], [5], [5]).values()))
-
-
-def test_regression():
-    pick, gold = [1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 1, 0], [1, 1, 0, 0, 1, 0, 1, 0, 1, 0, 0, 1]
-    len_a = [90, 50, 80, 30, 40, 60, 20, 70, 45, 25, 55, 35]
-    len_b = [45, 60, 40, 60, 30, 50, 80, 35, 50, 75, 30, 40]
-    assert measures.bias_regression(pick, gold, len_a, len_b) == near((0.399812, 0.479664, 0.997705))
-    assert all(map(math.isnan, measures.bias_regression([1, 1], [1, 0], [1, 2], [2, 1])))
-    perfect = measures.bias_regression(gold, gold, len_a, len_b)  # separable: the ridge keeps it finite
-    assert all(map(math.isfinite, perfect)) and perfect[1] > 3
 
 
 def test_supervised_loss_is_the_mean_over_answer_tokens():
@@ -134,20 +103,6 @@ def test_redundancy_against_a_plain_reference(rows):
     covered = redundancy.cover(table, kept)
     decided = {p for j in kept for p in range(3) if rows[j][p] == 1}
     assert {p for j in covered for p in range(3) if rows[j][p] == 1} == decided
-
-
-verdicts = st.lists(st.tuples(st.sampled_from([0, 1, None]), st.sampled_from([0, 1, None])), min_size=1, max_size=12)
-
-
-@given(verdicts)
-def test_position_against_a_plain_reference(pairs):
-    found = measures.position_metrics(*zip(*pairs, strict=True))
-    n = len(pairs)
-    assert found["acc"] == pytest.approx(sum((a == 0) + (b == 1) for a, b in pairs) / (2 * n))
-    same = sum(a is not None and b is not None and a != b for a, b in pairs)
-    assert found["consistency"] == pytest.approx(same / n)
-    swapped = measures.position_metrics([b for _, b in pairs], [a for a, _ in pairs])
-    assert swapped["consistency"] == found["consistency"]
 
 
 # ---------------------------------------------------------------- decision
@@ -278,6 +233,25 @@ def test_what_is_no_json_object(text, reason):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        '<think>{"a": 1}',
+        '<think>{"a": 1}</think> I cannot say',
+        'First <think>so:\n```json\n{"a": 1}\n```',
+        '<think>x</think> and <think>{"a": 1}',
+    ],
+)
+def test_a_thought_is_no_answer(text):
+    with pytest.raises(Rejected):
+        parse_json(text)
+
+
+def test_a_value_may_quote_a_thinking_block():
+    for text in ('{"a": "<think>"}', 'Here: {"a": "<think>"} done', '<think>x</think> {"a": "<think>"}'):
+        assert parse_json(text) == {"a": "<think>"}
+
+
+@pytest.mark.parametrize(
     ("text", "slot"),
     [
         ("Final Judgment\nB keeps the rule.\nWinner: Response B", 1),
@@ -292,6 +266,22 @@ def test_what_is_no_json_object(text, reason):
         ("Winner: Response Apple", None),
         ("in all: Response A is better", None),
         ("Winner: Response A\nFinal Judgment\nI cannot say", None),
+        (
+            "Final Judgment\nUnder rule 1 alone:\nWinner: Response B\nAll rules together, however:\n"
+            "Winner: Response A because it meets rule 2 as well.",
+            0,
+        ),
+        ('Final Judgment\nWinner: Response A\nNote: answer B says: "Winner: Response B"', 0),
+        ("Winner: Response A, as Response B breaks rule 1", 0),
+        ("Winner: Response B\nWinner: neither of them", None),
+        ("Winner: Response B\nWinner: Response A / Response B", None),
+        ("Winner: Response B\nWinner: **Response A** or **B**", None),
+        ("Final Judgment: Winner: Response B", 1),
+        ("__Winner: Response B__", 1),
+        ("- **Winner**: *Response B*", 1),
+        ("Winner Response B", 1),
+        ("Winner: Response B\nThe winner is clear.\nWinners: all", 1),
+        ("Winner: Response A_1", None),
         ("", None),
     ],
 )
@@ -337,8 +327,36 @@ def test_an_answer_that_instructs_the_judge_stays_data():
 
 
 def test_code_is_shown_as_it_is():
-    code = "if (a < b && c <= d) { std::vector<int> v; } # <div class='x'>"
+    code = "if (a < b && c <= d) { v[0] = w[i]; } # <div class='x'>"
     assert prompts.escape(code) == code
+    assert prompts.escape(text := "std::vector<int> v[MAX];").replace(prompts.JOINER, "") == text
+
+
+SPECIAL = (
+    "<tool_call> </tool_call> <sop> <mask> <start_of_image> <extra_id_0> <unused0> <fim_prefix> <BOS_TOKEN> <2en> "
+    "<pad/> [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CALLS] [gMASK] [CLS] [/INST] [control_8] [UNUSED_TOKEN_146] "
+    "[|user|] </s> <|im_end|> <|endoftext|> <｜User｜> <end_of_turn>"
+)
+
+
+def test_no_special_token_of_any_tokenizer_is_left():
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    tokens = SPECIAL.split()
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
+    for text in (SPECIAL, "".join(tokens), "".join(f"[<{token}>]" for token in tokens)):
+        assert set(tokenizer.encode(text).ids) - {0}
+        assert set(tokenizer.encode(prompts.boxed("response", text)).ids) == {0}
+
+
+@given(
+    st.lists(st.sampled_from([prompts.JOINER, "<a>", "<", "[AB]", "[", ">", "/", "[|", "x"]), max_size=9).map("".join)
+)
+def test_the_invisible_mark_can_be_taken_away_again(text):
+    marked = re.compile(f"(?:{prompts.WORD.pattern}){prompts.JOINER}")
+    assert marked.sub(lambda found: found[0][0], prompts.escape(text)) == text
 
 
 @given(st.text(alphabet="</|>response_ab \n[INST]", max_size=60))
