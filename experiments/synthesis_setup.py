@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import synthesis_files as files
 from experiments.engines.base import Request
-from experiments.files import os_errors, replace
+from experiments.files import replace
 from methods.errors import DataError
 from methods.toolforge.bundles import Search, pool_search
 from methods.toolforge.domains import DOMAINS
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # raise it with any change that makes other conversations from the same settings
 # What does not change a single line of what is written.
-NO_MATTER = ("output", "overwrite", "cache", "window", "input")
+NO_MATTER = ("output", "overwrite", "cache", "window", "input", "results_dir")
 PATIENCE = (
     "concurrency",
     "timeout",
@@ -64,9 +63,8 @@ def job_key(cfg: DictConfig, content: str) -> str:
 def open_output(cfg: DictConfig, key: str) -> files.Output:
     """The folder of the job, emptied first where `overwrite` asks for it."""
     folder = Path(str(cfg.output)).expanduser()
-    if cfg.overwrite and (folder / files.STATE).exists():
-        with os_errors(folder):
-            shutil.rmtree(folder)
+    if cfg.overwrite:
+        files.clear(folder)
     return files.Output(folder, key, {"turns": {}, "kept": {}, "seen": {}, "cost": {}})
 
 
@@ -155,7 +153,7 @@ def fused_search(pool: Sequence[Passage], embed: Embed) -> Search:
 
 def banks_of(cfg: DictConfig, folder: Path, gate: DualGate, session: Session | None) -> dict[str, Bank]:
     """The bank of each language, written to `tools.jsonl` when first made and read from there afterwards."""
-    target = folder / "tools.jsonl"
+    target = folder / files.TOOLS
     if not target.exists():
         rows: list[dict] = []
         for language in cfg.languages:

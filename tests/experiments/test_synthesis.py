@@ -238,6 +238,20 @@ def test_all_stages_by_an_endpoint_and_its_cost(job, endpoint):
     assert "US dollars" in summary(folder)
 
 
+def test_a_model_in_this_process_is_asked(job, tmp_path):
+    """It writes nonsense, which the rules count; the job itself runs."""
+    from experiments.models import Tiny
+    from experiments.tokenizers import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer(chat=True)
+    Tiny(chat=True, warm_start=None, max_length=8192)._new(tokenizer, 0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(RunError, match="cannot be read"):
+        job(f"input={write_triples(tmp_path / 'one.jsonl', 1)}", "engine=transformers", "model=hf",
+            f"model.path={tmp_path / 'model'}", "max_tokens=4", "tries=1", "stages.write=template",
+            "stages.judge=template")  # fmt: skip
+
+
 # ---------------------------------------------------------------- going on
 
 
@@ -259,6 +273,29 @@ def test_stopped_at_any_row_it_ends_in_the_same_files(job, monkeypatch):
             job(output=f"cut{stop_at}")
         monkeypatch.setattr(synthesis, "_emit", emit)
         assert contents(job(output=f"cut{stop_at}")) == whole, stop_at
+
+
+def test_a_stop_before_the_first_row_can_go_on(job, monkeypatch):
+    whole = contents(job(output="whole"))
+    with monkeypatch.context() as patch, contextlib.suppress(OSError):
+
+        def dies(self, **state):
+            raise OSError("killed")
+
+        patch.setattr(synthesis_files.Output, "save", dies)
+        job(output="cut")
+    assert contents(job(output="cut")) == whole
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "tools.jsonl"])
+def test_what_a_job_left_without_its_state_is_thrown_away_on_request_and_nothing_else(job, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    for file in (name, "mine.txt"):
+        (tmp_path / "out" / file).write_text("x")
+    with pytest.raises(RecordError, match="another job"):
+        job()
+    folder = job("overwrite=true")
+    assert len(read(folder)) >= 28 and (folder / "mine.txt").read_text() == "x"
 
 
 def start(tmp_path, words, output):
