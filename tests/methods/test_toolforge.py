@@ -75,6 +75,10 @@ def test_thresholds_out_of_range(bad):
         DualGate(**bad)
 
 
+def test_without_kept_texts_everything_passes():
+    assert DualGate(free=0).judge("anything", []).accepted
+
+
 def test_norm_zero_and_texts_without_words():
     assert cosine((0, 0), (1, 0)) == 0 and similarity("?!", ["a b"]) == [0.0] and sum(lexical_vector("")) <= 2
 
@@ -458,6 +462,7 @@ def test_plans_are_checked_before_anything_is_written(bank):
         "lacks a required": ((Call(one["name"], "x", "x", (0,), {}),), good[1]),
         "every gold passage": ((call(one, (0, 1)),), good[1]),
         "not called": ((call(one, (0,)),), (call(one, (1,)),)),
+        "finds no passage": ((call(one, (0, 1)),), (call(two, ()),)),
     }
     for reason, rounds in bad.items():
         with pytest.raises(Skip, match=reason):
@@ -560,6 +565,13 @@ def test_answers_that_cannot_be_read_are_asked_again_and_then_counted(bank, answ
     assert len(asked) == 3 and "cannot be used" in asked[-1].messages[-1]["content"]
     with pytest.raises(Skip, match="gave no answer"):
         run(label_item(item(), model_recipe(bank)), None)
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": [1e999]}', "{" * 5000 + "}" * 5000])
+def test_what_json_cannot_hold_is_no_answer(text):
+    with pytest.raises(ValueError):
+        asks.json_in(text)
+    assert asks.json_in('{"a": "\\ud800"}') == {"a": "?"}
 
 
 @pytest.mark.parametrize(("text", "score"), [("good [1]", True), ("[1] then [0]", False), ("turn [0]\n[1]", True)])
