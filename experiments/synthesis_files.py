@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def measured(files: Sequence[Path]) -> tuple[str, int]:
                 while chunk := data.read(1 << 20):
                     digest.update(chunk)
             rows += _count(file)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError("The data file cannot be read", where=str(file), got=first_line(error)) from error
     return digest.hexdigest(), rows
 
@@ -75,7 +76,7 @@ def triples(files: Sequence[Path]) -> Iterator[tuple[int, dict | str]]:
             for record in _parquet(file) if file.suffix == ".parquet" else _lines(file):
                 yield number, record
                 number += 1
-        except (OSError, EOFError, ValueError, csv.Error) as error:
+        except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
             raise DataError(
                 "The data file breaks off", where=f"{file}, row {number + 1}", got=first_line(error)
             ) from error

@@ -7,6 +7,7 @@ in view. Both pass the dual gate.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -95,7 +96,8 @@ class Bank:
         tools: dict[str, list[Schema]] = {}
         for number, row in enumerate(rows, start=1):
             schema = row.get("tool")
-            schema = json.loads(schema) if isinstance(schema, str) and schema.startswith("{") else schema
+            with contextlib.suppress(ValueError, RecursionError):
+                schema = json.loads(schema) if isinstance(schema, str) else schema
             if not isinstance(row.get("virtual_tool"), str) or not isinstance(schema, dict):
                 raise DataError(
                     "A row of the tool bank cannot be read",
@@ -126,7 +128,7 @@ def schema_problem(schema: Any) -> str:
         return f"'{name}' has no properties"
     if not isinstance(required, Sequence) or isinstance(required, str) or "query" not in required:
         return f"'{name}' does not require a query"
-    if unknown := [key for key in required if key not in properties]:
+    if unknown := [key for key in required if not isinstance(key, str) or key not in properties]:
         return f"'{name}' requires {unknown[0]!r}, which is none of its properties"
     return (
         f"'{name}' has {len(properties)} properties, more than {MOST_FIELDS}" if len(properties) > MOST_FIELDS else ""

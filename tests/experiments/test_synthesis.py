@@ -433,6 +433,7 @@ def test_rows_that_cannot_be_used_are_counted(job, tmp_path):
         ("missing.jsonl", None, DataError, "No such data file"),
         ("junk.parquet", b"junk", DataError, "cannot be read"),
         ("junk.jsonl.gz", b"junk", DataError, "cannot be read"),
+        ("damaged.jsonl.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 9, DataError, "cannot be read"),
         ("empty.jsonl", b"", ConfigError, "no rows"),
         ("table.xlsx", b"x", DataError, "Unknown kind"),
         ("useless.jsonl", b'{"question": "?"}\n', RunError, "no answer"),
@@ -455,7 +456,7 @@ def test_a_file_that_breaks_off(job, tmp_path):
 @pytest.mark.parametrize(
     "word",
     ["attempts=0", "window=0", "tools.variants=0", "languages=[fr]", "languages=[]", "stages.write=engine", "rules=lax",
-     "stages.plan=maybe", "tools.theta_c=3", "tools.theta_b=-1", "conversations=0", "seeed=1"],
+     "stages.plan=maybe", "tools.theta_c=3", "tools.theta_c=nan", "negatives.theta_b=-1", "conversations=0", "seeed=1"],
 )  # fmt: skip
 def test_settings_that_cannot_be_right(job, word):
     with pytest.raises(ConfigError):
@@ -469,9 +470,10 @@ def test_a_bank_with_clashing_names(job, tmp_path):
     bank.write_text("".join(json.dumps({"virtual_tool": t, "tool": schema}) + "\n" for t in ("one", "two")))
     with pytest.raises(DataError, match="Two virtual tools have the name 'look'"):
         job(f"tools.path={bank}")
-    bank.write_text(json.dumps({"tool": 3}) + "\n")
-    with pytest.raises(DataError, match="cannot be read"):
-        job(f"tools.path={bank}")
+    for row in ({"tool": 3}, {"virtual_tool": "one", "tool": "{bad json"}):
+        bank.write_text(json.dumps(row) + "\n")
+        with pytest.raises(DataError, match="cannot be read"):
+            job(f"tools.path={bank}")
 
 
 def test_dense_needs_its_package(job):

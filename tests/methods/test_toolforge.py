@@ -373,8 +373,13 @@ def changed(**more):
         ({"question": "q", "answer": "a"}, "no context"),
         (changed(supporting_facts=[["A", 7]]), "a supporting fact"),
         (changed(supporting_facts=[["Z", 0]]), "a supporting fact"),
-        (changed(supporting_facts=[["A", "x"]]), "context cannot be read"),
-        (changed(context=[1, 2]), "context cannot be read"),
+        (changed(supporting_facts=[["A", "x"]]), "row cannot be read"),
+        (changed(supporting_facts=[["A", math.inf]]), "row cannot be read"),
+        (changed(context=[1, 2]), "row cannot be read"),
+        (changed(context="[" * 9999), "row cannot be read"),
+        (changed(answer_aliases=5), "row cannot be read"),
+        (changed(answer="Bergen", answer_aliases="Oslonia"), "answer not in context"),
+        (changed(decomposition=[{"question": "q", "answer": "a", "paragraph_support_idx": [0]}]), "row cannot be read"),
         (changed(supporting_facts=[]), "no supporting passage"),
         (changed(answer="Bergen"), "answer not in context"),
         (changed(answer=""), "no answer"),
@@ -412,7 +417,7 @@ def test_forms_of_the_sets():
 
 
 def test_a_lone_surrogate_is_no_text():
-    json.dumps(read_item(changed(question="a\ud800b")).source(), ensure_ascii=False).encode()
+    json.dumps(read_item(changed(question="a\ud800b", _id="\ud800")).source(), ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize(("name", "pool"), [("C4", 0), ("C9", 2)])
@@ -499,7 +504,7 @@ def test_clashing_names_are_refused_or_numbered():
 
 @pytest.mark.parametrize(
     "bad",
-    [None, {}, tool(""), tool("a b"), tool("a", required=[]), tool("a", required=["query", "x"]),
+    [None, {}, tool(""), tool("a b"), tool("a", required=[]), tool("a", required=["query", "x"]), tool("a", required=["query", ["x"]]),
      tool("a", properties={}),
      tool("a", required="query"), tool("a") | {"description": " "},
      tool("a", properties={f"p{i}": {} for i in range(10)} | {"query": {}})],
