@@ -44,7 +44,8 @@ Cost = Callable[[], dict[str, float]]
 
 
 def job_key(cfg: DictConfig, content: str) -> str:
-    """Hash of the triples and of every setting on which the conversations depend."""
+    """Hash of the triples and of every setting on which the conversations depend. Asks an endpoint for its model if
+    none was named, and raises what that raises."""
     from omegaconf import OmegaConf
 
     from experiments.artefacts import digest
@@ -53,8 +54,13 @@ def job_key(cfg: DictConfig, content: str) -> str:
     plain = {key: value for key, value in plain.items() if key not in NO_MATTER}
     engine = plain.get("engine") or {}
     plain["engine"] = {key: value for key, value in engine.items() if key not in PATIENCE} or None
-    if engine.get("_target_", "").split(".")[-1] != "TransformersEngine":
+    kind = engine.get("_target_", "").split(".")[-1]
+    if kind in ("", "OpenAIEngine"):  # these run no model here
         plain.pop("model", None)
+    if kind == "OpenAIEngine" and engine.get("model") is None and model_stages(cfg):
+        from experiments.engines.build import build_engine
+
+        plain["engine"]["model"] = build_engine(cfg, None, cache=False).identity()["model"]
     if path := plain["tools"]["path"]:
         plain["tools"]["path"] = files.measured(files.input_files(path))[0]
     return digest({"version": VERSION, "content": content, "settings": json.loads(json.dumps(plain, default=str))})
