@@ -115,7 +115,11 @@ def _write_all(
     saved, position = time.monotonic(), output.state["position"]
     rows = ((n, record) for n, record in files.triples(sources) if n >= position)
     wanted = cfg.conversations or sys.maxsize
-    for job in forge.jobs(rows, lambda: stop.received is not None or forge.kept_total >= wanted):
+
+    def enough() -> bool:
+        return stop.received is not None or forge.kept_total >= wanted
+
+    for job in forge.jobs(rows, enough):
         _emit(job, output, forge, wanted)
         position = job.number + 1
         progress(1)
@@ -124,7 +128,7 @@ def _write_all(
             saved = time.monotonic()
     output.save(**forge.state(), position=position, cost=cost())
     if stop.received is None and forge.kept_total < wanted:
-        for job in forge.missing(sources, lambda: stop.received is not None):
+        for job in forge.missing(sources, enough):
             _emit(job, output, forge, wanted)
     if stop.received is not None:
         raise KeyboardInterrupt(stop.received)
@@ -199,7 +203,7 @@ class Forge:
         self._turns_out = dict(self.turns)
         more = True
         while (more or window) and not stopped():
-            while more and len(window) < self.cfg.window and not (window and window[0].done):
+            while more and len(window) < self._room() and not (window and window[0].done):
                 row = next(rows, None)
                 if row is None:
                     more = False
@@ -216,6 +220,11 @@ class Forge:
                 self._answer()
                 self._assign(waiting)
 
+    def _room(self) -> int:
+        """Triples under way at once: hardly more than can still be wanted, because each is paid for."""
+        wanted = self.cfg.conversations
+        return self.cfg.window if wanted is None else min(self.cfg.window, max(1, 2 * (wanted - self.kept_total)))
+
     def missing(self, sources: Sequence[Path], stopped: Any) -> Iterator[Job]:
         """Further dialogues for shapes that have none although their route occurs: the first triples of the route are
         tried one after the other."""
@@ -225,6 +234,8 @@ class Forge:
         for shape in lacking:
             route = next(r for r, family in ROUTES.items() if family == shape.family)
             for number in self.seen[route]:
+                if stopped():
+                    return
                 job = self._begin(number, found[number])
                 while not job.label and not job.done:
                     self._answer()
@@ -233,8 +244,6 @@ class Forge:
                     self._next(job)
                     while not job.done:
                         self._answer()
-                if stopped():
-                    return
                 yield job
                 if any(attempt.kept for attempt in job.attempts):
                     break

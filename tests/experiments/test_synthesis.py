@@ -114,6 +114,7 @@ class Endpoint(ThreadingHTTPServer):
         self.answered: dict[str, int] = {}
         self.fault = lambda body, count: None
         self.delay = 0.0
+        self.models = ["fake"]
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -131,7 +132,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Endpoint
 
     def do_GET(self) -> None:
-        self.reply(200, {}, json.dumps({"data": [{"id": "fake"}]}).encode())
+        self.reply(200, {}, json.dumps({"data": [{"id": name} for name in self.server.models]}).encode())
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["Content-Length"]))
@@ -212,14 +213,34 @@ def test_the_same_line_again_does_nothing_and_another_is_refused(job, capfd):
     assert contents(job("seed=1", "overwrite=true")) != before
 
 
+def test_another_model_is_another_job(endpoint):
+    from cli.compose import compose
+    from experiments.synthesis_setup import job_key
+
+    def key(*words):
+        return job_key(compose("synth_data", ["input=x", "model=hf", *words]), "")
+
+    assert key("engine=vllm", "model.path=a") != key("engine=vllm", "model.path=b")
+    assert key("model.path=a", "results_dir=r") == key("model.path=b")
+    served = [*endpoint.words, "engine.model=null"]
+    endpoint.models = ["one"]
+    assert key(*served) == key(*served, "model.path=b") == key(*endpoint.words, "engine.model=one")
+    endpoint.models = ["two"]
+    assert key(*served) == key(*endpoint.words, "engine.model=two")
+
+
 def test_window_and_order_of_answers_change_nothing(job, endpoint):
     one = contents(job(*endpoint.words, "window=1", "cache=false", output="one"))
     endpoint.fault = lambda body, count: time.sleep(hash(str(body)) % 5 / 100)
     assert contents(job(*endpoint.words, "window=64", "cache=false", output="two")) == one
 
 
-def test_as_many_as_wanted(job):
+def test_as_many_as_wanted(job, endpoint):
     assert len(read(job("conversations=7"))) == 7
+    folder = job(*endpoint.words, "conversations=3", "window=256", output="paid")
+    assert len(read(folder)) == 3 and sum(endpoint.asked.values()) <= 2 * 2 * 3
+    folder = job(*endpoint.words, "conversations=29", "window=256", output="all")  # by shapes that were missing
+    assert len(read(folder)) == 29 and sum(endpoint.asked.values()) <= 2 * (30 + 1)
 
 
 def test_chinese_tools(job):
@@ -285,6 +306,16 @@ def test_a_stop_before_the_first_row_can_go_on(job, monkeypatch):
         patch.setattr(synthesis_files.Output, "save", dies)
         job(output="cut")
     assert contents(job(output="cut")) == whole
+
+
+def test_a_file_that_lost_rows_is_not_filled_up(job):
+    folder = job()
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"finished": False}))
+    (folder / "train.jsonl").unlink()
+    with pytest.raises(RecordError, match="lost rows"):
+        job()
+    assert len(read(job("overwrite=true"))) >= 28
 
 
 @pytest.mark.parametrize("name", ["records.jsonl", "tools.jsonl"])
