@@ -127,6 +127,7 @@ def _context(record: Mapping[str, Any]) -> tuple[list[Passage], list[Passage], d
     gold: dict[str, Passage] = {}
     rest: dict[str, Passage] = {}
     places: dict[int, list[int]] = {}
+    numbers: dict[str, int] = {}  # of the gold passages, in their order
     for i, (title, sentences, marked) in enumerate(paragraphs):
         if wanted is None and marked is None and given:  # only the golden context says what supports
             sentences = [" ".join(sentences)]
@@ -137,7 +138,7 @@ def _context(record: Mapping[str, Any]) -> tuple[list[Passage], list[Passage], d
             support = (i, k) in wanted if wanted is not None else bool(marked)
             (gold if support else rest).setdefault(sentence, Passage(title, sentence))
             if support:
-                places.setdefault(i, []).append(list(gold).index(sentence))
+                places.setdefault(i, []).append(numbers.setdefault(sentence, len(numbers)))
     if not gold:
         gold = {text: Passage(title, text) for title, text in given if text}
     return list(gold.values()), [p for text, p in rest.items() if text not in gold], places

@@ -12,6 +12,7 @@ step 1), else from titles: a gold article that another one names, and the questi
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -144,15 +145,14 @@ def keywords(question: str, text: str = "", without: str = "", most: int = 5) ->
 
 def domain_of(text: str, bank: Bank) -> str:
     """The specialist tool whose domain shares most words with a text; the general one if none shares any."""
-    found = words(text)
-    counts = {word: found.count(word) for word in set(found)}
+    counts = Counter(words(text))
     best, most = "", 0.0
     for name, variants in bank.tools.items():
         if name == bank.general:
             continue
         known = DOMAINS[name].keywords if name in DOMAINS else words(variants[0]["description"])
         # Diminishing returns: a text that says `film` five times is no more about films than one that says it twice.
-        score = sum(min(counts.get(word, 0), 2) for word in set(known) - _STOP | ({"he", "she"} & set(known)))
+        score = sum(min(counts[word], 2) for word in set(known) - _STOP | ({"he", "she"} & set(known)))
         if score > most:
             best, most = name, score
     return best or (bank.general if bank.general in bank.tools else next(iter(bank.tools)))
