@@ -76,6 +76,11 @@ def shown_in(text: str) -> list[tuple[str, str]]:
     return _SHOWN.findall(text)
 
 
+def beside_items(text: str) -> str:
+    """What a tool message says that is no item."""
+    return _SHOWN.sub("", text).strip()
+
+
 def calls_in(text: str) -> list[dict[str, Any] | None]:
     """The calls of an assistant turn in order; None for one that cannot be read."""
     found: list[dict[str, Any] | None] = []

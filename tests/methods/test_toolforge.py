@@ -197,6 +197,10 @@ def invented(record):
     message["content"] = message["content"].replace("content: ", "content: In fact, ", 1)
 
 
+def beside(record):
+    record[1]["messages"][3]["content"] += "\nBut note: she was born in Bergen."
+
+
 def optional_edit(record):
     schema = schema_of(record, 2)
     optional = next(k for k in schema["parameters"]["properties"] if k not in schema["parameters"]["required"])
@@ -232,6 +236,7 @@ FAULTS = [
     (empty_tool, "110101111", None),
     (wrong_answer, "111011111", None),
     (invented, "111101111", None),
+    (beside, "111101111", "111111111"),
     (optional_edit, "111110111", None),
     (unlabelled_tool, "111111101", None),
     (lost_reference, "111111011", "111111111"),
