@@ -4,8 +4,9 @@
     6 retries      7 references   8 tools        9 schema
 
 The strict reading is the default. `release=True` is the first release: a bad final turn passes rule 2, rule 5
-compares ASCII letters and digits only and does not see text that stands beside the items, rule 6 is never active for C8 and D8 and takes a retry without any change,
-rule 7 always passes. A record that cannot be read fails the rules that read it; no rule ever raises.
+compares ASCII letters and digits only and does not see text beside the items, rule 6 is never active for C8 and D8 and
+takes a retry without any change, rule 7 always passes. A record that cannot be read fails the rules that read it; no
+rule ever raises.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ from methods.toolforge.labels import Call, Label, by_rule
 from methods.toolforge.pipeline import Recipe, converse, grow_by_model, label_item, mistakes_of, without_clashes
 from methods.toolforge.record import answer_in, assemble, calls_in, shown_in, shown_text, system_text, turn_text
 from methods.toolforge.shapes import SHAPES, case_entropy, make_shape, of_route
-from methods.toolforge.text import Bm25, cosine, distinct, folded, lexical_vector, similarity
+from methods.toolforge.text import Bm25, cosine, distinct, folded, lexical_vector, similarity, words
 from methods.toolforge.tools import Bank, described, schema_problem, template_bank
 from methods.toolforge.writer import write
 
@@ -509,7 +510,8 @@ def test_clashing_names_are_refused_or_numbered():
 
 @pytest.mark.parametrize(
     "bad",
-    [None, {}, tool(""), tool("a b"), tool("a", required=[]), tool("a", required=["query", "x"]), tool("a", required=["query", ["x"]]),
+    [None, {}, tool(""), tool("a b"), tool("a", required=[]), tool("a", required=["query", "x"]),
+     tool("a", required=["query", ["x"]]),
      tool("a", properties={}),
      tool("a", required="query"), tool("a") | {"description": " "},
      tool("a", properties={f"p{i}": {} for i in range(10)} | {"query": {}})],
@@ -614,8 +616,43 @@ def test_the_rule_judge_wants_the_mistake_named(bank):
             turn["content"] = "<think>On we go.</think>" + turn["content"].partition("</think>")[2]
             assert judge.by_rule(silent)[0] is False
     long = copy.deepcopy(made.record)
-    long[1]["messages"][2]["content"] = f"<think>{'word ' * 200}</think>\n"
-    assert judge.by_rule(long) == (False, "turn 0: a thought of 200 words or more")
+    for thought in ("word " * 200, "长" * 200):
+        long[1]["messages"][2]["content"] = f"<think>{thought}</think>\n"
+        assert judge.by_rule(long) == (False, "turn 0: a thought of 200 words or more")
+
+
+def test_the_rule_judge_reads_what_a_repair_claims(bank):
+    _, made = dialogue("C4", bank)
+    shown = shown_in(made.record[1]["messages"][5]["content"])[0][0]
+    for thought, passed in (
+        ("All is well; my query was right.", False),
+        (f"They do not mention what I need, {shown}. So query was wrong.", False),
+        (f"Nothing here is on {shown}: query was wrong.", False),
+        (f"They are about {shown} and do not mention Lena Falk. So query was wrong.", True),
+    ):
+        record = copy.deepcopy(made.record)
+        turn = record[1]["messages"][6]
+        turn["content"] = f"<think>{thought}</think>" + turn["content"].partition("</think>")[2]
+        assert judge.by_rule(record)[0] is passed, thought
+
+
+@pytest.mark.parametrize("name", [n for n in SHAPES if SHAPES[n].mistakes])
+def test_repairs_are_true_where_a_result_holds_other_sentences_of_a_gold_article(bank, name):
+    source = sources()[name[0]]
+    more = tuple(Passage(p.title, f"{p.title}: a director of a film, born somewhere.") for p in source.gold)
+    source = replace(source, pool=(*more, *source.pool))
+    made = dialogue(name, bank, source=source)[1]
+    assert made.kept, (made.reason, made.detail)
+    messages, gold = made.record[1]["messages"], {p.title for p in source.gold}
+    for place in mistakes_of(made.record):
+        thought, wrong, right = messages[place + 2]["content"].partition("</think>")[0], *(
+            {w for c in calls_in(messages[at]["content"]) for w in words(c["arguments"]["query"])}
+            for at in (place, place + 2)
+        )  # fmt: skip
+        shown = {title for title, _ in shown_in(messages[place + 1]["content"])}
+        assert not any(f"{said} {title}" in thought for title in gold & shown for said in ("about", "on", "with"))
+        if "arguments" in SHAPES[name].steps[(place - 2) // 2].mistake:
+            assert wrong - right
 
 
 CORRUPT = {
