@@ -1,7 +1,8 @@
 """Stage 2 by rule: how many rounds and calls an item takes, and which tool answers each call.
 
 The structure comes from the decomposition where a set gives one (MuSiQue: `#1` in a step's question is the answer of
-step 1), else from titles: a gold article that another one names, and the question does not, is found through it.
+step 1), else from titles: a gold article that another one names, and the question does not, is found through it. What
+the first round asks for is in the question: a title that is not stays hidden until a result shows it.
 
     one article, or articles with no link between them    case1 (A)
     all articles named by the question                     case2 (B)
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from methods.toolforge.domains import DOMAINS
@@ -79,7 +80,9 @@ def _from_hops(item: Item) -> list[list[_Group]]:
         query = re.sub(r"#(\d+)", lambda m: item.hops[min(int(m[1]), len(item.hops)) - 1].answer, hop.question)
         depth.append(at)
         levels.extend([] for _ in range(at + 1 - len(levels)))
-        levels[at].append(_Group(item.gold[hop.gold[0]].title, hop.gold, query.replace(" >> ", ": ")))
+        query, title = query.replace(" >> ", ": "), item.gold[hop.gold[0]].title
+        known = folded(" ".join([item.question, *(item.hops[n - 1].answer for n in before)]))
+        levels[at].append(_Group(title if _bare(title) and _bare(title) in known else query, hop.gold, query))
     return _two_at_most(levels)
 
 
@@ -97,7 +100,7 @@ def _from_titles(item: Item) -> list[list[_Group]]:
         if title not in asked
     }
     if len(places) == 1 or not (asked or any(parents.values())):
-        return [[_Group(item.gold[0].title, tuple(range(len(item.gold))), item.question)]]
+        return [[_whole(item, asked, range(len(item.gold)))]]
     depth = dict.fromkeys(asked, 0)
     # A title that nothing leads to is asked for at once; two that name each other must begin somewhere.
     for title in places:
@@ -113,10 +116,21 @@ def _from_titles(item: Item) -> list[list[_Group]]:
         depth |= reached
     levels: list[list[_Group]] = [[] for _ in range(max(depth.values()) + 1)]
     for title, at in places.items():
-        levels[depth[title]].append(_Group(title, tuple(at)))
-    if len(levels) == 1 and not asked.issuperset(places):
-        return [[_Group(item.gold[0].title, tuple(range(len(item.gold))), item.question)]]
+        if depth[title] or title in asked:
+            levels[depth[title]].append(_Group(title, tuple(at)))
+    if hidden := sorted(i for title, at in places.items() if not depth[title] and title not in asked for i in at):
+        levels[0].append(_whole(item, asked, hidden))
+    if len(levels) == 1 and hidden:
+        return [[_whole(item, asked, range(len(item.gold)))]]
     return _two_at_most(levels)
+
+
+def _whole(item: Item, asked: Iterable[str], places: Iterable[int]) -> _Group:
+    """A call with the question itself, for passages whose titles it does not name: those are for the result to tell."""
+    at = tuple(places)
+    title = item.gold[at[0]].title
+    said = " ".join(keywords(item.question)) or item.question
+    return _Group(title if title in asked else said, at, item.question)
 
 
 def _two_at_most(levels: list[list[_Group]]) -> list[list[_Group]]:

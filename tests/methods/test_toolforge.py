@@ -349,6 +349,27 @@ def test_routes_follow_the_structure(bank):
         "A": "case1", "B": "case2", "C": "case3", "D": "case4"}  # fmt: skip
 
 
+def test_the_first_round_knows_only_the_question(bank):
+    base, hop = item(), {"question": "Amber Road >> director", "answer": "Lena Falk", "paragraph_support_idx": 0}
+    chain = {"question": "Where was the maker of that film born?", "answer": "Oslo", "decomposition": [
+                 hop | {"question": "that film >> maker"},
+                 {"question": "#1 >> place of birth", "answer": "Oslo", "paragraph_support_idx": 1}],
+             "context": [{"title": "Amber Road", "text": "Amber Road is by Lena Falk.", "is_supporting": True},
+                         {"title": "Lena Falk", "text": "Born in Oslo.", "is_supporting": True}]}  # fmt: skip
+    hidden = (
+        read_item(chain),
+        replace(base, question="Where was the director of that film born?"),
+        replace(base, question="Where was she born?", gold=base.gold[1:]),
+        replace(base, question="Who is it?", gold=(base.gold[1], Passage("Oslo", "A town."))),
+    )
+    for source in hidden:
+        label, rounds = by_rule(source, bank)
+        said = " ".join(f"{call.topic} {call.query}" for call in rounds[0])
+        assert not any(title in said for title in ("Amber Road", "Lena Falk", "Oslo")), (said, label)
+    assert [[c.topic for c in level] for level in by_rule(hidden[0], bank)[1]] == [["that film: maker"], ["Lena Falk"]]
+    assert [[c.topic for c in level] for level in by_rule(base, bank)[1]] == [["Amber Road"], ["Lena Falk"]]
+
+
 def test_a_question_of_three_rounds_is_skipped(bank):
     hops = [{"question": q, "answer": a, "paragraph_support_idx": i} for i, (q, a) in
             enumerate((("who?", "Ann"), ("where is #1?", "Rome"), ("when was #2 founded?", "753")))]  # fmt: skip
