@@ -7,6 +7,7 @@ cache answers what the engine was asked before.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import deque
@@ -56,22 +57,14 @@ def run(cfg: DictConfig) -> Path:
         return output.folder
     began = time.monotonic()
     with (
+        contextlib.closing(output),
         StopSignals("waiting for the answers under way, then stopping") as stop,
-        set_up(cfg, output, own) as (recipe, session, cost),
+        set_up(cfg, output, own, stop) as (recipe, session, cost),
     ):
         forge = Forge(recipe, session, cfg, output.state)
-        try:
-            with progress_bar("synthesis", total, unit="triples") as progress:
-                progress(output.state["position"])
-                _write_all(forge, sources, output, cfg, stop, progress, cost)
-        except BaseException:
-            # What was asked is paid for: let its answers reach the cache, unless the user will not wait.
-            if session is not None and not stop.insisted:
-                session.drain()
-            output.note(cost=cost())
-            raise
-        finally:
-            output.close()
+        with progress_bar("synthesis", total, unit="triples") as progress:
+            progress(output.state["position"])
+            _write_all(forge, sources, output, cfg, stop, progress, cost)
         report.finish(output, cfg, total, cost(), time.monotonic() - began)
     return output.folder
 

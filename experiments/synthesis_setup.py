@@ -6,7 +6,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from experiments.engines.session import Session
+    from experiments.signals import StopSignals
 
 VERSION = 1  # raise it with any change that makes other conversations from the same settings
 # What does not change a single line of what is written.
@@ -80,8 +80,11 @@ def model_stages(cfg: DictConfig) -> list[str]:
 
 
 @contextlib.contextmanager
-def set_up(cfg: DictConfig, output: files.Output, own: Bank | None) -> Iterator[tuple[Recipe, Session | None, Cost]]:
-    """The recipe, the session with the engine (None without one), what was paid for so far. `own`: the user's bank."""
+def set_up(
+    cfg: DictConfig, output: files.Output, own: Bank | None, stop: StopSignals
+) -> Iterator[tuple[Recipe, Session | None, Cost]]:
+    """The recipe, the session with the engine (None without one), what was paid for so far. `own`: the user's bank.
+    KeyboardInterrupt after a stop while a bank is made."""
     from experiments.engines.session import open_session
 
     stages = model_stages(cfg)
@@ -102,8 +105,17 @@ def set_up(cfg: DictConfig, output: files.Output, own: Bank | None) -> Iterator[
             now = engine.cost() if engine is not None else {}
             return {key: before.get(key, 0) + now.get(key, 0) for key in {**before, **now}}
 
+        def leave(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is None:
+                return
+            # What was asked is paid for: let its answers reach the cache, unless the user will not wait.
+            if session is not None and not stop.insisted:
+                session.drain()
+            output.note(cost=cost())
+
+        stack.push(leave)
         banks = dict.fromkeys(cfg.languages, own) if own else {}
-        banks = banks or banks_of(cfg, output.folder, gate, session if "tools" in stages else None)
+        banks = banks or banks_of(cfg, output.folder, gate, session if "tools" in stages else None, stop)
         recipe = Recipe(
             banks,
             model=[stage for stage in stages if stage != "tools"],
@@ -157,7 +169,9 @@ def fused_search(pool: Sequence[Passage], embed: Embed) -> Search:
 # ---------------------------------------------------------------- tool banks
 
 
-def banks_of(cfg: DictConfig, folder: Path, gate: DualGate, session: Session | None) -> dict[str, Bank]:
+def banks_of(
+    cfg: DictConfig, folder: Path, gate: DualGate, session: Session | None, stop: StopSignals
+) -> dict[str, Bank]:
     """The bank of each language, written to `tools.jsonl` when first made and read from there afterwards."""
     target = folder / files.TOOLS
     if not target.exists():
@@ -166,7 +180,7 @@ def banks_of(cfg: DictConfig, folder: Path, gate: DualGate, session: Session | N
             if session is None:
                 bank = template_bank(language, cfg.tools.variants, gate, cfg.seed, cfg.tools.attempts)
             else:
-                bank = engine_bank(cfg, language, gate, session)
+                bank = engine_bank(cfg, language, gate, session, stop)
             rows += [
                 {"language": language, "virtual_tool": name, "tool": schema}
                 for name, variants in bank.tools.items()
@@ -189,8 +203,9 @@ def _rows(path: str) -> Iterator[dict]:
         yield row
 
 
-def engine_bank(cfg: DictConfig, language: str, gate: DualGate, session: Session) -> Bank:
-    """Variants of every tool by the engine, all tools side by side; a tool for which none passes keeps its own self."""
+def engine_bank(cfg: DictConfig, language: str, gate: DualGate, session: Session, stop: StopSignals) -> Bank:
+    """Variants of every tool by the engine, all tools side by side; a tool for which none passes keeps its own self.
+    KeyboardInterrupt after a stop."""
     from experiments.synthesis import text_of
 
     count, attempts = cfg.tools.variants, cfg.tools.attempts * cfg.tools.variants
@@ -217,17 +232,11 @@ def engine_bank(cfg: DictConfig, language: str, gate: DualGate, session: Session
     for name in talks:
         go_on(name, None)
     while len(found) < len(talks):
+        if stop.received is not None:
+            raise KeyboardInterrupt(stop.received)
         tag, results = session.get()
         go_on(str(tag), text_of(results))
     tools = {name: found[name] or [canonical[name]] for name in talks}
     made = sum(map(len, found.values()))
     print(f"tool bank ({language}): {made} variants by the engine, rejected: {rejected or 'none'}", file=sys.stderr)
     return Bank(without_clashes(tools))
-
-
-def versions() -> dict[str, str]:
-    """Of this package, for the data card."""
-    try:
-        return {"assay": metadata.version("assay")}
-    except metadata.PackageNotFoundError:
-        return {"assay": "unknown"}

@@ -82,7 +82,9 @@ def _from_hops(item: Item) -> list[list[_Group]]:
         levels.extend([] for _ in range(at + 1 - len(levels)))
         query, title = query.replace(" >> ", ": "), item.gold[hop.gold[0]].title
         known = folded(" ".join([item.question, *(item.hops[n - 1].answer for n in before)]))
-        levels[at].append(_Group(title if _bare(title) and _bare(title) in known else query, hop.gold, query))
+        levels[at].append(
+            _Group(title if _bare(title) and _bare(title) in known else query.rstrip("?？"), hop.gold, query)
+        )
     return _two_at_most(levels)
 
 

@@ -22,7 +22,8 @@ from methods.toolforge.gate import DualGate
 Schema = dict[str, Any]
 LANGUAGES = ("en", "zh")
 MOST_FIELDS = 10
-_NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}")
+LONGEST_NAME = 64
+_NAME = re.compile(rf"[A-Za-z_][\w.-]{{0,{LONGEST_NAME - 1}}}")
 _ENDINGS = ("search", "lookup", "finder", "query", "retriever", "explorer", "guide", "index", "reference", "inspector")
 _OPENINGS = {
     "en": (
@@ -133,6 +134,18 @@ def schema_problem(schema: Any) -> str:
     return (
         f"'{name}' has {len(properties)} properties, more than {MOST_FIELDS}" if len(properties) > MOST_FIELDS else ""
     )
+
+
+def variant_problem(schema: Any, canonical: Schema) -> str:
+    """What is wrong with a variant of a canonical tool, or an empty text: a usable schema with 1 to 4 required
+    parameters beside `query`, and 1 to 5 fields more than the tool has (others may be renamed)."""
+    if problem := schema_problem(schema):
+        return problem
+    further = len(set(schema["parameters"]["required"])) - 1
+    new = len(schema["parameters"]["properties"]) - len(canonical["parameters"]["properties"])
+    if not 1 <= further <= 4:
+        return f"{further} required parameters beside query, not 1 to 4"
+    return "" if 1 <= new <= 5 else f"{new} new parameters, not 1 to 5"
 
 
 def described(schema: Schema) -> str:

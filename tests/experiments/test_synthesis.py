@@ -296,6 +296,22 @@ def test_stopped_at_any_row_it_ends_in_the_same_files(job, monkeypatch):
         assert contents(job(output=f"cut{stop_at}")) == whole, stop_at
 
 
+def test_a_stop_while_the_bank_is_made_keeps_what_was_paid_for(job, endpoint, monkeypatch):
+    from experiments.signals import StopSignals
+
+    words = [*endpoint.words, "stages.tools=engine", "stages.write=template", "stages.judge=template",
+             "tools.variants=1", "tools.attempts=2"]  # fmt: skip
+    monkeypatch.setitem(globals(), "scripted", lambda body: "no tool")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StopSignals, "received", property(lambda self: 2 if endpoint.answered else None, lambda *_: None),
+                      raising=False)  # fmt: skip
+        job(*words)
+    stopped = dict(endpoint.asked)
+    folder = job(*words)
+    assert 0 < len(stopped) < 44 <= len(endpoint.asked) and set(endpoint.asked.values()) == {1}
+    assert json.loads((folder / "cost.json").read_text())["requests"] == len(endpoint.asked)
+
+
 def test_a_stop_before_the_first_row_can_go_on(job, monkeypatch):
     whole = contents(job(output="whole"))
     with monkeypatch.context() as patch, contextlib.suppress(OSError):

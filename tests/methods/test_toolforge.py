@@ -527,6 +527,7 @@ def test_clashing_names_are_refused_or_numbered():
         Bank({"one": [tool("a")], "two": [tool("a")]})
     fixed = without_clashes({"one": [tool("a")], "two": [tool("a"), tool("b")]})
     assert [s["name"] for variants in fixed.values() for s in variants] == ["a", "a_2", "b"]
+    Bank(without_clashes({"one": [tool("a" * 64)], "two": [tool("a" * 64)]}))
 
 
 @pytest.mark.parametrize(
@@ -542,14 +543,22 @@ def test_schemas_that_are_none(bad):
     assert not schema_problem(tool("a"))
 
 
+def variant(name, required=2, fields=3, **more):
+    keys = ["query", *(f"p{i}" for i in range(fields - 1))]
+    return tool(name, properties={key: {} for key in keys}, required=keys[:required]) | more
+
+
 def test_variants_from_a_model_are_gated_and_counted():
-    canonical, near = tool("base"), tool("near") | {"description": "d near the base"}
-    answers = ["no json", json.dumps(tool("")), json.dumps(near), json.dumps(near), json.dumps(tool("second")), None]
-    kept, rejected = run(grow_by_model(canonical, DualGate(theta_c=-1), 2, 6, "en", 0), *answers)
+    canonical, near = tool("base"), variant("near", description="d near the base")
+    unfit = [tool(""), tool("plain"), variant("many", 6, 6), variant("wide", 2, 7), variant("same") | {"parameters": 1}]
+    answers = ["no json", *map(json.dumps, (*unfit, near, near, variant("second"))), None]
+    kept, rejected = run(grow_by_model(canonical, DualGate(theta_c=-1), 2, 10, "en", 0), *answers)
     assert [s["name"] for s in kept] == ["near", "second"]
-    assert rejected == {"no JSON": 1, "no usable schema": 1, "a name in use": 1}
+    assert rejected == {"no JSON": 1, "no usable schema": 5, "a name in use": 1}
     kept, rejected = run(grow_by_model(canonical, DualGate(), 2, 3, "zh", 0), "x", None, "{")
     assert kept == [] and rejected == {"no JSON": 3}
+    odd = json.dumps(variant("odd", description="\ud800 odd"))
+    assert len(run(grow_by_model(canonical, DualGate(theta_c=-1), 1, 1, "en", 0), odd, None)[0]) == 1
 
 
 # ---------------------------------------------------------------- models
