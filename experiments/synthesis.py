@@ -80,6 +80,8 @@ def check(cfg: DictConfig) -> None:
         for key, least in (("theta_c", -1.0), ("theta_b", 0.0), ("theta_max", 0.0)):
             if key != "theta_max" or cfg[gate][key] is not None:
                 check_range(f"{gate}.{key}", cfg[gate][key], least, 1.0)
+    if isinstance(cfg.languages, str):
+        raise ConfigError("Not a list", where="languages", got=cfg.languages, expected="[en], [zh] or [en,zh]")
     if unknown := [name for name in cfg.languages if name not in ("en", "zh")]:
         raise ConfigError("Unknown language of tools", where="languages", got=unknown[0], expected="en, zh or both")
     if not len(cfg.languages):

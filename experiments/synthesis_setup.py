@@ -18,6 +18,7 @@ from methods.toolforge.domains import DOMAINS
 from methods.toolforge.gate import DualGate, Embed
 from methods.toolforge.items import Passage
 from methods.toolforge.pipeline import Recipe, grow_by_model, without_clashes
+from methods.toolforge.shapes import SHAPES
 from methods.toolforge.tools import Bank, canonical_tool, template_bank
 
 if TYPE_CHECKING:
@@ -192,8 +193,15 @@ def banks_of(
 
 
 def own_bank(cfg: DictConfig) -> Bank | None:
-    """The user's bank, if one is given. Raises DataError for schemas that are none and names that clash."""
-    return Bank.from_rows(_rows(cfg.tools.path)) if cfg.tools.path else None
+    """The user's bank, if one is given; says so where it lacks the general tool. Raises DataError for schemas that are
+    none and names that clash."""
+    if not cfg.tools.path:
+        return None
+    bank = Bank.from_rows(_rows(cfg.tools.path))
+    if bank.general not in bank.tools:
+        lost = ", ".join(shape.name for shape in SHAPES.values() if shape.fallback)
+        print(f"{cfg.tools.path} has no tool '{bank.general}': no dialogues of the shapes {lost}", file=sys.stderr)
+    return bank
 
 
 def _rows(path: str) -> Iterator[dict]:

@@ -5,8 +5,8 @@
 
 The strict reading is the default. `release=True` is the first release: a bad final turn passes rule 2, rule 5
 compares ASCII letters and digits only and does not see text beside the items, rule 6 is never active for C8 and D8 and
-takes a retry without any change, rule 7 always passes. A record that cannot be read fails the rules that read it; no
-rule ever raises.
+takes a retry without any change, rule 7 always passes, rule 9 takes a query that is no text. A record that cannot be
+read fails the rules that read it; no rule ever raises.
 """
 
 from __future__ import annotations
@@ -139,6 +139,8 @@ def _schema(record: Record, shape: Shape, release: bool) -> bool:
         for call in _calls(text):
             offered = schemas[call["name"]]
             if not set(offered["required"]) <= set(call["arguments"]) <= set(offered["properties"]):
+                return False
+            if not (release or isinstance(call["arguments"].get("query"), str)):
                 return False
     return True
 

@@ -20,8 +20,8 @@ from methods.toolforge.items import Item, Passage, Skip
 from methods.toolforge.labels import Label, Rounds
 from methods.toolforge.record import Record, Turn, assemble, shown_text, turn_text
 from methods.toolforge.shapes import SHAPES, Shape
-from methods.toolforge.text import words
-from methods.toolforge.tools import LONGEST_NAME, Bank, Schema, described, variant_problem
+from methods.toolforge.text import distinct, words
+from methods.toolforge.tools import LONGEST_NAME, Bank, Schema, unfit, variant_problem
 
 Write = Callable[[Draft, random.Random], list[Turn]]
 MODEL_STAGES = ("plan", "write", "judge")
@@ -165,9 +165,8 @@ def grow_by_model(
             problem = "no usable schema" if variant_problem(candidate, canonical) else ""
         except ValueError:
             candidate, problem = {}, "no JSON"
-        if not problem and candidate["name"] in {canonical["name"], *(schema["name"] for schema in kept)}:
-            problem = "a name in use"
-        problem = problem or gate.judge(described(candidate), [described(schema) for schema in kept]).reason
+        taken = {canonical["name"], *(schema["name"] for schema in kept)}
+        problem = problem or unfit(candidate, kept, taken, gate)
         if problem:
             rejected[problem] = rejected.get(problem, 0) + 1
         else:
@@ -192,7 +191,5 @@ def without_clashes(tools: Mapping[str, Sequence[Schema]]) -> dict[str, list[Sch
 
 def diversity(texts: Sequence[str]) -> dict[str, float]:
     """Words, different words and distinct-2 over some texts."""
-    from methods.toolforge.text import distinct
-
     found = [word for text in texts for word in words(text)]
     return {"words": float(len(found)), "vocabulary": float(len(set(found))), "distinct_2": distinct(texts)}

@@ -11,7 +11,7 @@ import contextlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,31 +202,30 @@ def _renamed(key: str, rng: random.Random) -> str:
     return rng.choice((key, key, f"target_{key}", f"{key}_hint"))
 
 
+def unfit(candidate: Schema, kept: Sequence[Schema], taken: Iterable[str], gate: DualGate) -> str:
+    """Why a candidate with a usable schema is no further variant, or an empty text."""
+    if candidate["name"] in taken:
+        return "a name in use"
+    return gate.judge(described(candidate), [described(schema) for schema in kept]).reason
+
+
 def grow(
-    canonical: Schema,
-    candidates: Iterable[Schema | str],
+    candidates: Iterable[Schema],
     gate: DualGate,
     count: int,
     *,
     attempts: int,
     taken: set[str],
-    reject: Callable[[str], None] = lambda reason: None,
 ) -> list[Schema]:
-    """Variants of one tool from a stream of candidates (a text is why a model's answer was none), until `count` are
-    kept or `attempts` are used up. `taken` are the names in use, and grows; `reject` hears each reason."""
+    """Variants from a stream of candidates, until `count` are kept or `attempts` are used up. `taken` are the names in
+    use, and grows."""
     kept: list[Schema] = []
     for number, candidate in enumerate(candidates):
         if len(kept) >= count or number >= attempts:
             break
-        problem = candidate if isinstance(candidate, str) else schema_problem(candidate)
-        if not problem and not isinstance(candidate, str):
-            problem = "a name in use" if candidate["name"] in taken else ""
-            problem = problem or gate.judge(described(candidate), [described(k) for k in kept]).reason
-            if not problem:
-                kept.append(candidate)
-                taken.add(candidate["name"])
-        if problem:
-            reject(problem)
+        if not schema_problem(candidate) and not unfit(candidate, kept, taken, gate):
+            kept.append(candidate)
+            taken.add(candidate["name"])
     return kept
 
 
@@ -235,7 +234,6 @@ def template_bank(language: str, variants: int, gate: DualGate, seed: int, attem
     taken: set[str] = set()
     tools = {
         name: grow(
-            canonical_tool(domain, language),
             template_candidates(domain, language, random.Random(f"{seed}/{language}/{name}")),
             gate,
             variants,

@@ -502,7 +502,8 @@ def test_a_file_that_breaks_off(job, tmp_path):
 
 @pytest.mark.parametrize(
     "word",
-    ["attempts=0", "window=0", "tools.variants=0", "languages=[fr]", "languages=[]", "stages.write=engine", "rules=lax",
+    ["attempts=0", "window=0", "tools.variants=0", "languages=[fr]", "languages=[]", "languages=en",
+     "stages.write=engine", "rules=lax",
      "stages.plan=maybe", "tools.theta_c=3", "tools.theta_c=nan", "negatives.theta_b=-1", "conversations=0", "seeed=1"],
 )  # fmt: skip
 def test_settings_that_cannot_be_right(job, word):
@@ -533,10 +534,10 @@ def test_dense_needs_its_package(job):
         job("dense=some/model")
 
 
-def test_real_tools_and_triples(job, data):
+def test_real_tools_and_triples(job, data, capfd):
     folder = job(f"input={data / 'multihop_qa' / 'hotpotqa.jsonl.gz'}", "conversations=20",
                  f"tools.path={data / 'toolforge_tools' / 'toolforge_tools.jsonl.gz'}", "languages=[zh]")  # fmt: skip
-    assert len(read(folder)) == 20
+    assert len(read(folder)) == 20 and "A4, B6, C9, C10, D9, D10" in capfd.readouterr().err
     assert all(set(check(record).values()) == {1} for record in read(folder, "records.jsonl"))
 
 

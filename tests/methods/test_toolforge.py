@@ -223,6 +223,15 @@ def unknown_parameter(record):
     edit_call(record, 0, lambda call: call["arguments"].update(colour="red"))
 
 
+def nan_argument(record):
+    key = schema_of(record, 0)["parameters"]["required"][-1]
+    edit_call(record, 0, lambda call: call["arguments"].update({key: math.nan}))
+
+
+def listed_query(record):
+    edit_call(record, 0, lambda call: call["arguments"].update(query=["Amber Road"]))
+
+
 def same_retry(record):
     messages = [m for m in record[1]["messages"] if m["role"] == "assistant"]
     call = messages[1]["content"].partition("<tool_call>")[2]
@@ -242,6 +251,8 @@ FAULTS = [
     (unlabelled_tool, "111111101", None),
     (lost_reference, "111111011", "111111111"),
     (unknown_parameter, "111111110", None),
+    (nan_argument, "111111100", None),
+    (listed_query, "111111110", "111111111"),
     (same_retry, "111110111", "111111111"),
 ]
 
