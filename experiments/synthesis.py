@@ -7,6 +7,7 @@ cache answers what the engine was asked before.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import deque
@@ -56,22 +57,14 @@ def run(cfg: DictConfig) -> Path:
         return output.folder
     began = time.monotonic()
     with (
+        contextlib.closing(output),
         StopSignals("waiting for the answers under way, then stopping") as stop,
-        set_up(cfg, output, own) as (recipe, session, cost),
+        set_up(cfg, output, own, stop) as (recipe, session, cost),
     ):
         forge = Forge(recipe, session, cfg, output.state)
-        try:
-            with progress_bar("synthesis", total, unit="triples") as progress:
-                progress(output.state["position"])
-                _write_all(forge, sources, output, cfg, stop, progress, cost)
-        except BaseException:
-            # What was asked is paid for: let its answers reach the cache, unless the user will not wait.
-            if session is not None and not stop.insisted:
-                session.drain()
-            output.note(cost=cost())
-            raise
-        finally:
-            output.close()
+        with progress_bar("synthesis", total, unit="triples") as progress:
+            progress(output.state["position"])
+            _write_all(forge, sources, output, cfg, stop, progress, cost)
         report.finish(output, cfg, total, cost(), time.monotonic() - began)
     return output.folder
 
@@ -83,6 +76,12 @@ def check(cfg: DictConfig) -> None:
             check_range(key, cfg[key], 1)
     for key in ("variants", "attempts"):
         check_range(f"tools.{key}", cfg.tools[key], 1)
+    for gate in ("tools", "negatives"):
+        for key, least in (("theta_c", -1.0), ("theta_b", 0.0), ("theta_max", 0.0)):
+            if key != "theta_max" or cfg[gate][key] is not None:
+                check_range(f"{gate}.{key}", cfg[gate][key], least, 1.0)
+    if isinstance(cfg.languages, str):
+        raise ConfigError("Not a list", where="languages", got=cfg.languages, expected="[en], [zh] or [en,zh]")
     if unknown := [name for name in cfg.languages if name not in ("en", "zh")]:
         raise ConfigError("Unknown language of tools", where="languages", got=unknown[0], expected="en, zh or both")
     if not len(cfg.languages):
@@ -111,7 +110,11 @@ def _write_all(
     saved, position = time.monotonic(), output.state["position"]
     rows = ((n, record) for n, record in files.triples(sources) if n >= position)
     wanted = cfg.conversations or sys.maxsize
-    for job in forge.jobs(rows, lambda: stop.received is not None or forge.kept_total >= wanted):
+
+    def enough() -> bool:
+        return stop.received is not None or forge.kept_total >= wanted
+
+    for job in forge.jobs(rows, enough):
         _emit(job, output, forge, wanted)
         position = job.number + 1
         progress(1)
@@ -120,7 +123,7 @@ def _write_all(
             saved = time.monotonic()
     output.save(**forge.state(), position=position, cost=cost())
     if stop.received is None and forge.kept_total < wanted:
-        for job in forge.missing(sources, lambda: stop.received is not None):
+        for job in forge.missing(sources, enough):
             _emit(job, output, forge, wanted)
     if stop.received is not None:
         raise KeyboardInterrupt(stop.received)
@@ -195,7 +198,7 @@ class Forge:
         self._turns_out = dict(self.turns)
         more = True
         while (more or window) and not stopped():
-            while more and len(window) < self.cfg.window and not (window and window[0].done):
+            while more and len(window) < self._room() and not (window and window[0].done):
                 row = next(rows, None)
                 if row is None:
                     more = False
@@ -212,6 +215,11 @@ class Forge:
                 self._answer()
                 self._assign(waiting)
 
+    def _room(self) -> int:
+        """Triples under way at once: hardly more than can still be wanted, because each is paid for."""
+        wanted = self.cfg.conversations
+        return self.cfg.window if wanted is None else min(self.cfg.window, max(1, 2 * (wanted - self.kept_total)))
+
     def missing(self, sources: Sequence[Path], stopped: Any) -> Iterator[Job]:
         """Further dialogues for shapes that have none although their route occurs: the first triples of the route are
         tried one after the other."""
@@ -221,6 +229,8 @@ class Forge:
         for shape in lacking:
             route = next(r for r, family in ROUTES.items() if family == shape.family)
             for number in self.seen[route]:
+                if stopped():
+                    return
                 job = self._begin(number, found[number])
                 while not job.label and not job.done:
                     self._answer()
@@ -229,8 +239,6 @@ class Forge:
                     self._next(job)
                     while not job.done:
                         self._answer()
-                if stopped():
-                    return
                 yield job
                 if any(attempt.kept for attempt in job.attempts):
                     break

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from methods.errors import DataError, RecordError
 READABLE = (".jsonl", ".jsonl.gz", ".parquet")
 RECORDS, TRAIN, REJECTED = "records.jsonl", "train.jsonl", "rejected.jsonl"
 APPENDED = (RECORDS, TRAIN, REJECTED)
-STATE = "state.json"
+TOOLS, STATE = "tools.jsonl", "state.json"
+MADE = (STATE, TOOLS, *APPENDED, "train.parquet", "statistics.json", "README.md", "cost.json")
 
 
 # ---------------------------------------------------------------- input
@@ -51,7 +53,7 @@ def measured(files: Sequence[Path]) -> tuple[str, int]:
                 while chunk := data.read(1 << 20):
                     digest.update(chunk)
             rows += _count(file)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError("The data file cannot be read", where=str(file), got=first_line(error)) from error
     return digest.hexdigest(), rows
 
@@ -74,7 +76,7 @@ def triples(files: Sequence[Path]) -> Iterator[tuple[int, dict | str]]:
             for record in _parquet(file) if file.suffix == ".parquet" else _lines(file):
                 yield number, record
                 number += 1
-        except (OSError, EOFError, ValueError, csv.Error) as error:
+        except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
             raise DataError(
                 "The data file breaks off", where=f"{file}, row {number + 1}", got=first_line(error)
             ) from error
@@ -111,7 +113,8 @@ class Output:
     """The folder of one job: three files that only grow, in the order of the input, and the state to go on from.
 
     `state["position"]` rows of the input are wholly in the files; what lies behind `state["sizes"]` is cut off when the
-    folder is opened. Raises RecordError for a folder of another job, ConfigError and RunError as `files.os_errors`.
+    folder is opened. Raises RecordError for a folder of another job and for a file that has lost rows, ConfigError and
+    RunError as `files.os_errors`.
     """
 
     def __init__(self, folder: Path, key: str, fresh: dict[str, Any]) -> None:
@@ -122,12 +125,14 @@ class Output:
         sizes = self.state.get("sizes", {})
         if self.finished:
             return
+        self.note()  # first of all the folder says whose it is: a stop at any point can go on
+        self.files = {}
         for name in APPENDED:
-            with os_errors(folder / name), (folder / name).open("ab") as file:
+            with os_errors(folder / name):
+                file = self.files[name] = (folder / name).open("ab")
+                if (found := file.tell()) < sizes.get(name, 0):
+                    raise _shorter(folder / name, found, sizes[name])
                 file.truncate(sizes.get(name, 0))
-        self.files = {name: (folder / name).open("ab") for name in APPENDED}
-        if not sizes:  # from now on the folder says whose it is
-            self.save()
 
     @property
     def finished(self) -> bool:
@@ -136,7 +141,7 @@ class Output:
     def _state(self, key: str) -> dict[str, Any] | None:
         file = self.folder / STATE
         if not file.exists():
-            if left := [name for name in APPENDED if (self.folder / name).exists()]:
+            if left := remains(self.folder):
                 raise _other(self.folder, f"{left[0]} without {STATE}")
             return None
         try:
@@ -170,6 +175,28 @@ class Output:
     def close(self) -> None:
         for file in getattr(self, "files", {}).values():
             file.close()
+
+
+def remains(folder: Path) -> list[str]:
+    """The files of a job, whole or not, that are in a folder."""
+    return [name for name in (STATE, TOOLS, *APPENDED) if (folder / name).exists()]
+
+
+def clear(folder: Path) -> None:
+    """Throws away what a job left in a folder, and nothing else. Raises ConfigError and RunError."""
+    for name in MADE if remains(folder) else ():
+        with os_errors(folder / name):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _shorter(file: Path, got: int, expected: int) -> RecordError:
+    return RecordError(
+        "A file of this job has lost rows",
+        where=str(file),
+        got=f"{got} bytes",
+        expected=f"at least {expected}, as {STATE} says",
+        fix="put the file back, or start again with overwrite=true",
+    )
 
 
 def _other(folder: Path, got: str) -> RecordError:

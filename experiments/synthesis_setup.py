@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import synthesis_files as files
 from experiments.engines.base import Request
-from experiments.files import os_errors, replace
+from experiments.files import replace
 from methods.errors import DataError
 from methods.toolforge.bundles import Search, pool_search
 from methods.toolforge.domains import DOMAINS
 from methods.toolforge.gate import DualGate, Embed
 from methods.toolforge.items import Passage
 from methods.toolforge.pipeline import Recipe, grow_by_model, without_clashes
+from methods.toolforge.shapes import SHAPES
 from methods.toolforge.tools import Bank, canonical_tool, template_bank
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from experiments.engines.session import Session
+    from experiments.signals import StopSignals
 
 VERSION = 1  # raise it with any change that makes other conversations from the same settings
 # What does not change a single line of what is written.
@@ -45,7 +45,8 @@ Cost = Callable[[], dict[str, float]]
 
 
 def job_key(cfg: DictConfig, content: str) -> str:
-    """Hash of the triples and of every setting on which the conversations depend."""
+    """Hash of the triples and of every setting on which the conversations depend. Asks an endpoint for its model if
+    none was named, and raises what that raises."""
     from omegaconf import OmegaConf
 
     from experiments.artefacts import digest
@@ -54,8 +55,13 @@ def job_key(cfg: DictConfig, content: str) -> str:
     plain = {key: value for key, value in plain.items() if key not in NO_MATTER}
     engine = plain.get("engine") or {}
     plain["engine"] = {key: value for key, value in engine.items() if key not in PATIENCE} or None
-    if engine.get("_target_", "").split(".")[-1] != "TransformersEngine":
+    kind = engine.get("_target_", "").split(".")[-1]
+    if kind in ("", "OpenAIEngine"):  # these run no model here
         plain.pop("model", None)
+    if kind == "OpenAIEngine" and engine.get("model") is None and model_stages(cfg):
+        from experiments.engines.build import build_engine
+
+        plain["engine"]["model"] = build_engine(cfg, None, cache=False).identity()["model"]
     if path := plain["tools"]["path"]:
         plain["tools"]["path"] = files.measured(files.input_files(path))[0]
     return digest({"version": VERSION, "content": content, "settings": json.loads(json.dumps(plain, default=str))})
@@ -64,9 +70,8 @@ def job_key(cfg: DictConfig, content: str) -> str:
 def open_output(cfg: DictConfig, key: str) -> files.Output:
     """The folder of the job, emptied first where `overwrite` asks for it."""
     folder = Path(str(cfg.output)).expanduser()
-    if cfg.overwrite and (folder / files.STATE).exists():
-        with os_errors(folder):
-            shutil.rmtree(folder)
+    if cfg.overwrite:
+        files.clear(folder)
     return files.Output(folder, key, {"turns": {}, "kept": {}, "seen": {}, "cost": {}})
 
 
@@ -76,8 +81,11 @@ def model_stages(cfg: DictConfig) -> list[str]:
 
 
 @contextlib.contextmanager
-def set_up(cfg: DictConfig, output: files.Output, own: Bank | None) -> Iterator[tuple[Recipe, Session | None, Cost]]:
-    """The recipe, the session with the engine (None without one), what was paid for so far. `own`: the user's bank."""
+def set_up(
+    cfg: DictConfig, output: files.Output, own: Bank | None, stop: StopSignals
+) -> Iterator[tuple[Recipe, Session | None, Cost]]:
+    """The recipe, the session with the engine (None without one), what was paid for so far. `own`: the user's bank.
+    KeyboardInterrupt after a stop while a bank is made."""
     from experiments.engines.session import open_session
 
     stages = model_stages(cfg)
@@ -98,8 +106,17 @@ def set_up(cfg: DictConfig, output: files.Output, own: Bank | None) -> Iterator[
             now = engine.cost() if engine is not None else {}
             return {key: before.get(key, 0) + now.get(key, 0) for key in {**before, **now}}
 
+        def leave(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is None:
+                return
+            # What was asked is paid for: let its answers reach the cache, unless the user will not wait.
+            if session is not None and not stop.insisted:
+                session.drain()
+            output.note(cost=cost())
+
+        stack.push(leave)
         banks = dict.fromkeys(cfg.languages, own) if own else {}
-        banks = banks or banks_of(cfg, output.folder, gate, session if "tools" in stages else None)
+        banks = banks or banks_of(cfg, output.folder, gate, session if "tools" in stages else None, stop)
         recipe = Recipe(
             banks,
             model=[stage for stage in stages if stage != "tools"],
@@ -153,16 +170,18 @@ def fused_search(pool: Sequence[Passage], embed: Embed) -> Search:
 # ---------------------------------------------------------------- tool banks
 
 
-def banks_of(cfg: DictConfig, folder: Path, gate: DualGate, session: Session | None) -> dict[str, Bank]:
+def banks_of(
+    cfg: DictConfig, folder: Path, gate: DualGate, session: Session | None, stop: StopSignals
+) -> dict[str, Bank]:
     """The bank of each language, written to `tools.jsonl` when first made and read from there afterwards."""
-    target = folder / "tools.jsonl"
+    target = folder / files.TOOLS
     if not target.exists():
         rows: list[dict] = []
         for language in cfg.languages:
             if session is None:
                 bank = template_bank(language, cfg.tools.variants, gate, cfg.seed, cfg.tools.attempts)
             else:
-                bank = engine_bank(cfg, language, gate, session)
+                bank = engine_bank(cfg, language, gate, session, stop)
             rows += [
                 {"language": language, "virtual_tool": name, "tool": schema}
                 for name, variants in bank.tools.items()
@@ -174,8 +193,15 @@ def banks_of(cfg: DictConfig, folder: Path, gate: DualGate, session: Session | N
 
 
 def own_bank(cfg: DictConfig) -> Bank | None:
-    """The user's bank, if one is given. Raises DataError for schemas that are none and names that clash."""
-    return Bank.from_rows(_rows(cfg.tools.path)) if cfg.tools.path else None
+    """The user's bank, if one is given; says so where it lacks the general tool. Raises DataError for schemas that are
+    none and names that clash."""
+    if not cfg.tools.path:
+        return None
+    bank = Bank.from_rows(_rows(cfg.tools.path))
+    if bank.general not in bank.tools:
+        lost = ", ".join(shape.name for shape in SHAPES.values() if shape.fallback)
+        print(f"{cfg.tools.path} has no tool '{bank.general}': no dialogues of the shapes {lost}", file=sys.stderr)
+    return bank
 
 
 def _rows(path: str) -> Iterator[dict]:
@@ -185,8 +211,9 @@ def _rows(path: str) -> Iterator[dict]:
         yield row
 
 
-def engine_bank(cfg: DictConfig, language: str, gate: DualGate, session: Session) -> Bank:
-    """Variants of every tool by the engine, all tools side by side; a tool for which none passes keeps its own self."""
+def engine_bank(cfg: DictConfig, language: str, gate: DualGate, session: Session, stop: StopSignals) -> Bank:
+    """Variants of every tool by the engine, all tools side by side; a tool for which none passes keeps its own self.
+    KeyboardInterrupt after a stop."""
     from experiments.synthesis import text_of
 
     count, attempts = cfg.tools.variants, cfg.tools.attempts * cfg.tools.variants
@@ -213,17 +240,11 @@ def engine_bank(cfg: DictConfig, language: str, gate: DualGate, session: Session
     for name in talks:
         go_on(name, None)
     while len(found) < len(talks):
+        if stop.received is not None:
+            raise KeyboardInterrupt(stop.received)
         tag, results = session.get()
         go_on(str(tag), text_of(results))
     tools = {name: found[name] or [canonical[name]] for name in talks}
     made = sum(map(len, found.values()))
     print(f"tool bank ({language}): {made} variants by the engine, rejected: {rejected or 'none'}", file=sys.stderr)
     return Bank(without_clashes(tools))
-
-
-def versions() -> dict[str, str]:
-    """Of this package, for the data card."""
-    try:
-        return {"assay": metadata.version("assay")}
-    except metadata.PackageNotFoundError:
-        return {"assay": "unknown"}

@@ -57,7 +57,9 @@ def json_in(text: str) -> dict[str, Any]:
     if start < 0 or end < start:
         raise ValueError("no JSON object")
     try:
-        found = json.loads(text[start : end + 1])
+        # There and back: NaN, infinities (also as 1e999) are refused, and lone surrogates, which are no text, replaced.
+        whole = json.dumps(json.loads(text[start : end + 1]), ensure_ascii=False, allow_nan=False)
+        found = json.loads(whole.encode("utf-8", "replace"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(found, dict):

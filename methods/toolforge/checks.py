@@ -4,8 +4,9 @@
     6 retries      7 references   8 tools        9 schema
 
 The strict reading is the default. `release=True` is the first release: a bad final turn passes rule 2, rule 5
-compares ASCII letters and digits only, rule 6 is never active for C8 and D8 and takes a retry without any change,
-rule 7 always passes. A record that cannot be read fails the rules that read it; no rule ever raises.
+compares ASCII letters and digits only and does not see text beside the items, rule 6 is never active for C8 and D8 and
+takes a retry without any change, rule 7 always passes, rule 9 takes a query that is no text. A record that cannot be
+read fails the rules that read it; no rule ever raises.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from methods.toolforge.record import Record, answer_in, calls_in, shown_in
+from methods.toolforge.record import Record, answer_in, beside_items, calls_in, shown_in
 from methods.toolforge.shapes import SHAPES, Shape
 from methods.toolforge.text import folded
 
@@ -76,6 +77,8 @@ def _passages(record: Record, shape: Shape, release: bool) -> bool:
     shown, bundles = _messages(record, "tool"), record[2]["rags"]
 
     def same(text: str, bundle: list[dict[str, str]]) -> bool:
+        if not release and beside_items(text):
+            return False
         items = shown_in(text)
         wanted = {(folded(p["title"], release), folded(p["content"], release)) for p in bundle}
         return len(items) == len(bundle) and {(folded(t, release), folded(c, release)) for t, c in items} == wanted
@@ -136,6 +139,8 @@ def _schema(record: Record, shape: Shape, release: bool) -> bool:
         for call in _calls(text):
             offered = schemas[call["name"]]
             if not set(offered["required"]) <= set(call["arguments"]) <= set(offered["properties"]):
+                return False
+            if not (release or isinstance(call["arguments"].get("query"), str)):
                 return False
     return True
 

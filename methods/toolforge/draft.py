@@ -97,7 +97,7 @@ def fits(shape: Shape, rounds: Rounds) -> None:
 
 def checked_plan(rounds: Rounds, item: Item, mapping: Mapping[str, Schema]) -> Rounds:
     """A model's plan after the checks before the write step: every call a labelled tool with a query and all required
-    parameters, every gold passage found in exactly one round. Raises Skip."""
+    parameters, every gold passage found in exactly one round, and one at least in each. Raises Skip."""
     found: list[int] = []
     by_variant = {schema["name"]: name for name, schema in mapping.items()}
     clean: list[tuple[Call, ...]] = []
@@ -113,6 +113,8 @@ def checked_plan(rounds: Rounds, item: Item, mapping: Mapping[str, Schema]) -> R
                 raise Skip("plan", "a planned call lacks a required parameter", ", ".join(lacking) or "query")
             calls.append(replace(call, tool=name))
         found += sorted({place for call in calls for place in call.passages})
+        if not any(call.passages for call in calls):
+            raise Skip("plan", "a planned round finds no passage")
         clean.append(tuple(calls))
     if sorted(found) != list(range(len(item.gold))):
         raise Skip("plan", "the plan does not give every gold passage to exactly one round", str(found))

@@ -33,7 +33,8 @@ class DualGate:
     choice, and a candidate is also rejected when its *largest* text similarity exceeds `theta_max`, because a mean
     hides a copy of one among many kept texts; None takes that rule away. `embed` None: hashed trigrams, for which
     theta_c = 0.7 of the paper (bge-m3) would be too high.
-    Degenerate: with fewer than `free` kept texts (2) every candidate passes; an embedding of norm 0 has cosine 0.
+    Degenerate: with fewer than `free` kept texts (2), and with none, every candidate passes; an embedding of norm 0 has
+    cosine 0.
     Raises ConfigError for thresholds outside their range.
     """
 
@@ -51,7 +52,7 @@ class DualGate:
 
     def judge(self, candidate: str, kept: Sequence[str]) -> Verdict:
         """The verdict on a candidate text, embedded here."""
-        if len(kept) < self.free:
+        if len(kept) < max(self.free, 1):
             return Verdict(True)
         embed = self.embed or lexical_vector
         return self.judge_vectors(candidate, embed(candidate), kept, [embed(text) for text in kept])
@@ -60,7 +61,7 @@ class DualGate:
         self, candidate: str, vector: Sequence[float], kept: Sequence[str], vectors: Sequence[Sequence[float]]
     ) -> Verdict:
         """The verdict where the embeddings are known."""
-        if len(kept) < self.free:
+        if len(kept) < max(self.free, 1):
             return Verdict(True)
         cos = sum(cosine(vector, other) for other in vectors) / len(vectors)
         found = similarity(candidate, kept)

@@ -76,7 +76,15 @@ class Item:
 
 def read_item(record: Mapping[str, Any], name: str = "") -> Item:
     """The item in a record of HotpotQA, 2WikiMultihopQA or MuSiQue (as published, from the hub, or with
-    `golden_context`). `name` is its id where the record has none. Raises Skip with a reason that can be counted."""
+    `golden_context`). `name` is its id where the record has none. Raises Skip with a reason that can be counted, and
+    nothing else, whatever the record holds."""
+    try:
+        return _item(record, name)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        raise Skip("item", "the row cannot be read", f"{type(error).__name__}: {error}"[:200]) from None
+
+
+def _item(record: Mapping[str, Any], name: str) -> Item:
     question, answer = _line(record.get("question")), _line(_answer(record.get("answer")))
     if not question or not answer:
         raise Skip("item", "no question" if not question else "no answer")
@@ -87,11 +95,12 @@ def read_item(record: Mapping[str, Any], name: str = "") -> Item:
     if any(_MARKUP.search(text) for text in texts):
         raise Skip("item", "text holds the dialogue's own markup")
     kind = _line(record.get("type"))
-    aliases = [answer, *map(_line, record.get("answer_aliases") or ())]
+    aliases = _parsed(record.get("answer_aliases")) or ()
+    aliases = [answer, *map(_line, [aliases] if isinstance(aliases, str) else aliases)]
     if not (answer.lower().rstrip(".") in YES_NO or "comparison" in kind or _mentions(gold, aliases)):
         raise Skip("item", "answer not in context")
-    identity = record.get("_id") or record.get("id") or name
-    return Item(str(identity), question, answer, kind, tuple(gold), tuple(pool), _hops(record, places))
+    identity = _line(record.get("_id")) or _line(record.get("id")) or name
+    return Item(identity, question, answer, kind, tuple(gold), tuple(pool), _hops(record, places))
 
 
 def _mentions(gold: Sequence[Passage], answers: Sequence[str]) -> bool:
@@ -111,16 +120,14 @@ def _answer(value: Any) -> Any:
 
 def _context(record: Mapping[str, Any]) -> tuple[list[Passage], list[Passage], dict[int, list[int]]]:
     """Gold passages, distractors, and which gold passages paragraph i of the context gave."""
-    try:
-        paragraphs = _paragraphs(record)
-        facts = _facts(record.get("supporting_facts"))
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise Skip("item", "context cannot be read", f"{type(error).__name__}: {error}") from None
+    paragraphs = _paragraphs(record)
+    facts = _facts(record.get("supporting_facts"))
     wanted = _wanted(paragraphs, facts) if facts else None
     given = [(_line(p.get("title")), _line(p.get("text"))) for p in _golden(record)]
     gold: dict[str, Passage] = {}
     rest: dict[str, Passage] = {}
     places: dict[int, list[int]] = {}
+    numbers: dict[str, int] = {}  # of the gold passages, in their order
     for i, (title, sentences, marked) in enumerate(paragraphs):
         if wanted is None and marked is None and given:  # only the golden context says what supports
             sentences = [" ".join(sentences)]
@@ -131,7 +138,7 @@ def _context(record: Mapping[str, Any]) -> tuple[list[Passage], list[Passage], d
             support = (i, k) in wanted if wanted is not None else bool(marked)
             (gold if support else rest).setdefault(sentence, Passage(title, sentence))
             if support:
-                places.setdefault(i, []).append(list(gold).index(sentence))
+                places.setdefault(i, []).append(numbers.setdefault(sentence, len(numbers)))
     if not gold:
         gold = {text: Passage(title, text) for title, text in given if text}
     return list(gold.values()), [p for text, p in rest.items() if text not in gold], places

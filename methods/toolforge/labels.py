@@ -1,7 +1,8 @@
 """Stage 2 by rule: how many rounds and calls an item takes, and which tool answers each call.
 
 The structure comes from the decomposition where a set gives one (MuSiQue: `#1` in a step's question is the answer of
-step 1), else from titles: a gold article that another one names, and the question does not, is found through it.
+step 1), else from titles: a gold article that another one names, and the question does not, is found through it. What
+the first round asks for is in the question: a title that is not stays hidden until a result shows it.
 
     one article, or articles with no link between them    case1 (A)
     all articles named by the question                     case2 (B)
@@ -12,7 +13,8 @@ step 1), else from titles: a gold article that another one names, and the questi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from methods.toolforge.domains import DOMAINS
@@ -78,7 +80,11 @@ def _from_hops(item: Item) -> list[list[_Group]]:
         query = re.sub(r"#(\d+)", lambda m: item.hops[min(int(m[1]), len(item.hops)) - 1].answer, hop.question)
         depth.append(at)
         levels.extend([] for _ in range(at + 1 - len(levels)))
-        levels[at].append(_Group(item.gold[hop.gold[0]].title, hop.gold, query.replace(" >> ", ": ")))
+        query, title = query.replace(" >> ", ": "), item.gold[hop.gold[0]].title
+        known = folded(" ".join([item.question, *(item.hops[n - 1].answer for n in before)]))
+        levels[at].append(
+            _Group(title if _bare(title) and _bare(title) in known else query.rstrip("?？"), hop.gold, query)
+        )
     return _two_at_most(levels)
 
 
@@ -96,7 +102,7 @@ def _from_titles(item: Item) -> list[list[_Group]]:
         if title not in asked
     }
     if len(places) == 1 or not (asked or any(parents.values())):
-        return [[_Group(item.gold[0].title, tuple(range(len(item.gold))), item.question)]]
+        return [[_whole(item, asked, range(len(item.gold)))]]
     depth = dict.fromkeys(asked, 0)
     # A title that nothing leads to is asked for at once; two that name each other must begin somewhere.
     for title in places:
@@ -112,10 +118,21 @@ def _from_titles(item: Item) -> list[list[_Group]]:
         depth |= reached
     levels: list[list[_Group]] = [[] for _ in range(max(depth.values()) + 1)]
     for title, at in places.items():
-        levels[depth[title]].append(_Group(title, tuple(at)))
-    if len(levels) == 1 and not asked.issuperset(places):
-        return [[_Group(item.gold[0].title, tuple(range(len(item.gold))), item.question)]]
+        if depth[title] or title in asked:
+            levels[depth[title]].append(_Group(title, tuple(at)))
+    if hidden := sorted(i for title, at in places.items() if not depth[title] and title not in asked for i in at):
+        levels[0].append(_whole(item, asked, hidden))
+    if len(levels) == 1 and hidden:
+        return [[_whole(item, asked, range(len(item.gold)))]]
     return _two_at_most(levels)
+
+
+def _whole(item: Item, asked: Iterable[str], places: Iterable[int]) -> _Group:
+    """A call with the question itself, for passages whose titles it does not name: those are for the result to tell."""
+    at = tuple(places)
+    title = item.gold[at[0]].title
+    said = " ".join(keywords(item.question)) or item.question
+    return _Group(title if title in asked else said, at, item.question)
 
 
 def _two_at_most(levels: list[list[_Group]]) -> list[list[_Group]]:
@@ -144,15 +161,14 @@ def keywords(question: str, text: str = "", without: str = "", most: int = 5) ->
 
 def domain_of(text: str, bank: Bank) -> str:
     """The specialist tool whose domain shares most words with a text; the general one if none shares any."""
-    found = words(text)
-    counts = {word: found.count(word) for word in set(found)}
+    counts = Counter(words(text))
     best, most = "", 0.0
     for name, variants in bank.tools.items():
         if name == bank.general:
             continue
         known = DOMAINS[name].keywords if name in DOMAINS else words(variants[0]["description"])
         # Diminishing returns: a text that says `film` five times is no more about films than one that says it twice.
-        score = sum(min(counts.get(word, 0), 2) for word in set(known) - _STOP | ({"he", "she"} & set(known)))
+        score = sum(min(counts[word], 2) for word in set(known) - _STOP | ({"he", "she"} & set(known)))
         if score > most:
             best, most = name, score
     return best or (bank.general if bank.general in bank.tools else next(iter(bank.tools)))

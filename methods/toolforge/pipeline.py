@@ -20,8 +20,8 @@ from methods.toolforge.items import Item, Passage, Skip
 from methods.toolforge.labels import Label, Rounds
 from methods.toolforge.record import Record, Turn, assemble, shown_text, turn_text
 from methods.toolforge.shapes import SHAPES, Shape
-from methods.toolforge.text import words
-from methods.toolforge.tools import Bank, Schema, described, schema_problem
+from methods.toolforge.text import distinct, words
+from methods.toolforge.tools import LONGEST_NAME, Bank, Schema, unfit, variant_problem
 
 Write = Callable[[Draft, random.Random], list[Turn]]
 MODEL_STAGES = ("plan", "write", "judge")
@@ -162,12 +162,11 @@ def grow_by_model(
         text = yield asks.variant(canonical, kept, language, seed + number)
         try:
             candidate = asks.json_in(text or "")
-            problem = "no usable schema" if schema_problem(candidate) else ""
+            problem = "no usable schema" if variant_problem(candidate, canonical) else ""
         except ValueError:
             candidate, problem = {}, "no JSON"
-        if not problem and candidate["name"] in {canonical["name"], *(schema["name"] for schema in kept)}:
-            problem = "a name in use"
-        problem = problem or gate.judge(described(candidate), [described(schema) for schema in kept]).reason
+        taken = {canonical["name"], *(schema["name"] for schema in kept)}
+        problem = problem or unfit(candidate, kept, taken, gate)
         if problem:
             rejected[problem] = rejected.get(problem, 0) + 1
         else:
@@ -184,7 +183,7 @@ def without_clashes(tools: Mapping[str, Sequence[Schema]]) -> dict[str, list[Sch
         for schema in variants:
             name, number = schema["name"], 2
             while name in taken:
-                name, number = f"{schema['name']}_{number}", number + 1
+                name, number = f"{schema['name'][: LONGEST_NAME - len(f'_{number}')]}_{number}", number + 1
             taken.add(name)
             found[canonical].append(schema | {"name": name})
     return found
@@ -192,7 +191,5 @@ def without_clashes(tools: Mapping[str, Sequence[Schema]]) -> dict[str, list[Sch
 
 def diversity(texts: Sequence[str]) -> dict[str, float]:
     """Words, different words and distinct-2 over some texts."""
-    from methods.toolforge.text import distinct
-
     found = [word for text in texts for word in words(text)]
     return {"words": float(len(found)), "vocabulary": float(len(set(found))), "distinct_2": distinct(texts)}

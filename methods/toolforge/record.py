@@ -76,13 +76,19 @@ def shown_in(text: str) -> list[tuple[str, str]]:
     return _SHOWN.findall(text)
 
 
+def beside_items(text: str) -> str:
+    """What a tool message says that is no item."""
+    return _SHOWN.sub("", text).strip()
+
+
 def calls_in(text: str) -> list[dict[str, Any] | None]:
-    """The calls of an assistant turn in order; None for one that cannot be read."""
+    """The calls of an assistant turn in order; None for one that cannot be read or is no JSON (NaN, an infinity)."""
     found: list[dict[str, Any] | None] = []
     for written in _CALL.findall(text):
         try:
             call = json.loads(written)
-        except (json.JSONDecodeError, RecursionError):
+            json.dumps(call, allow_nan=False)
+        except (ValueError, RecursionError):
             call = None
         good = isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)
         found.append(call if good else None)

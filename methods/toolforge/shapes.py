@@ -84,12 +84,6 @@ class Shape:
         return any(step.mistake == "general" for step in self.steps)
 
     @property
-    def needs_hits(self) -> int:
-        """Hits that a round must have at least: 3 for a ladder, 1 for a failure, 0 for none."""
-        kinds = {step.kind for step in self.steps}
-        return 3 if "x" in kinds else int("b" in kinds)
-
-    @property
     def mistakes(self) -> tuple[int, ...]:
         """Assistant turns, from 0, with a planted mistake."""
         return tuple(i for i, step in enumerate(self.steps) if step.mistake in MISTAKES)

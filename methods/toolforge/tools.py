@@ -7,10 +7,11 @@ in view. Both pass the dual gate.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,8 @@ from methods.toolforge.gate import DualGate
 Schema = dict[str, Any]
 LANGUAGES = ("en", "zh")
 MOST_FIELDS = 10
-_NAME = re.compile(r"[A-Za-z_][\w.-]{0,63}")
+LONGEST_NAME = 64
+_NAME = re.compile(rf"[A-Za-z_][\w.-]{{0,{LONGEST_NAME - 1}}}")
 _ENDINGS = ("search", "lookup", "finder", "query", "retriever", "explorer", "guide", "index", "reference", "inspector")
 _OPENINGS = {
     "en": (
@@ -95,7 +97,8 @@ class Bank:
         tools: dict[str, list[Schema]] = {}
         for number, row in enumerate(rows, start=1):
             schema = row.get("tool")
-            schema = json.loads(schema) if isinstance(schema, str) and schema.startswith("{") else schema
+            with contextlib.suppress(ValueError, RecursionError):
+                schema = json.loads(schema) if isinstance(schema, str) else schema
             if not isinstance(row.get("virtual_tool"), str) or not isinstance(schema, dict):
                 raise DataError(
                     "A row of the tool bank cannot be read",
@@ -126,11 +129,23 @@ def schema_problem(schema: Any) -> str:
         return f"'{name}' has no properties"
     if not isinstance(required, Sequence) or isinstance(required, str) or "query" not in required:
         return f"'{name}' does not require a query"
-    if unknown := [key for key in required if key not in properties]:
+    if unknown := [key for key in required if not isinstance(key, str) or key not in properties]:
         return f"'{name}' requires {unknown[0]!r}, which is none of its properties"
     return (
         f"'{name}' has {len(properties)} properties, more than {MOST_FIELDS}" if len(properties) > MOST_FIELDS else ""
     )
+
+
+def variant_problem(schema: Any, canonical: Schema) -> str:
+    """What is wrong with a variant of a canonical tool, or an empty text: a usable schema with 1 to 4 required
+    parameters beside `query`, and 1 to 5 fields more than the tool has (others may be renamed)."""
+    if problem := schema_problem(schema):
+        return problem
+    further = len(set(schema["parameters"]["required"])) - 1
+    new = len(schema["parameters"]["properties"]) - len(canonical["parameters"]["properties"])
+    if not 1 <= further <= 4:
+        return f"{further} required parameters beside query, not 1 to 4"
+    return "" if 1 <= new <= 5 else f"{new} new parameters, not 1 to 5"
 
 
 def described(schema: Schema) -> str:
@@ -187,31 +202,30 @@ def _renamed(key: str, rng: random.Random) -> str:
     return rng.choice((key, key, f"target_{key}", f"{key}_hint"))
 
 
+def unfit(candidate: Schema, kept: Sequence[Schema], taken: Iterable[str], gate: DualGate) -> str:
+    """Why a candidate with a usable schema is no further variant, or an empty text."""
+    if candidate["name"] in taken:
+        return "a name in use"
+    return gate.judge(described(candidate), [described(schema) for schema in kept]).reason
+
+
 def grow(
-    canonical: Schema,
-    candidates: Iterable[Schema | str],
+    candidates: Iterable[Schema],
     gate: DualGate,
     count: int,
     *,
     attempts: int,
     taken: set[str],
-    reject: Callable[[str], None] = lambda reason: None,
 ) -> list[Schema]:
-    """Variants of one tool from a stream of candidates (a text is why a model's answer was none), until `count` are
-    kept or `attempts` are used up. `taken` are the names in use, and grows; `reject` hears each reason."""
+    """Variants from a stream of candidates, until `count` are kept or `attempts` are used up. `taken` are the names in
+    use, and grows."""
     kept: list[Schema] = []
     for number, candidate in enumerate(candidates):
         if len(kept) >= count or number >= attempts:
             break
-        problem = candidate if isinstance(candidate, str) else schema_problem(candidate)
-        if not problem and not isinstance(candidate, str):
-            problem = "a name in use" if candidate["name"] in taken else ""
-            problem = problem or gate.judge(described(candidate), [described(k) for k in kept]).reason
-            if not problem:
-                kept.append(candidate)
-                taken.add(candidate["name"])
-        if problem:
-            reject(problem)
+        if not schema_problem(candidate) and not unfit(candidate, kept, taken, gate):
+            kept.append(candidate)
+            taken.add(candidate["name"])
     return kept
 
 
@@ -220,7 +234,6 @@ def template_bank(language: str, variants: int, gate: DualGate, seed: int, attem
     taken: set[str] = set()
     tools = {
         name: grow(
-            canonical_tool(domain, language),
             template_candidates(domain, language, random.Random(f"{seed}/{language}/{name}")),
             gate,
             variants,

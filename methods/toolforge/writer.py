@@ -1,7 +1,9 @@
 """The template writer: fills the flow of a shape from slots, without a model and with nothing left to chance but `rng`.
 
 A planted mistake fits the result that follows it (its query names what that result is about) and its thought does not
-know of it; the turn after it says how the result misses the need, names the wrong tool or field, and corrects it.
+know of it; the turn after it says how the result misses the need (words of the question that do not occur in it), names
+the wrong tool or field, and corrects it. A result may hold other sentences of a gold article, so none of this is said
+in the titles of those.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from methods.toolforge.draft import Draft, titles
+from methods.toolforge.items import Passage, Skip
 from methods.toolforge.labels import Call, keywords
 from methods.toolforge.record import Turn
 from methods.toolforge.shapes import Step
+from methods.toolforge.text import words
 from methods.toolforge.tools import Schema
 
 QUOTED = 25  # words of a passage that a thought repeats
@@ -33,20 +37,20 @@ _SAY = {
             "{fact} That settles the first part. Next I need {topics} and call {tools}.",
         ),
         "wrong_arguments": (
-            "These passages are about {seen} and do not mention what I need, {topics}. The tool is right, but the"
-            " parameter query of {tools} was wrong; I correct query so that it asks for {topics}.",
-            "Nothing here is on {topics}: the result deals with {seen}. The fault is the value of query. I keep {tools}"
+            "These passages are about {seen} and do not give {missing}. The tool is right, but the parameter query of"
+            " {tools} was wrong; I correct query so that it asks for {topics}.",
+            "The result deals with {seen} and does not give {missing}. The fault is the value of query. I keep {tools}"
             " and rewrite query.",
         ),
         "wrong_tool": (
-            "The result deals with {seen} and says nothing of {topics}. {wrong} was the wrong tool for this; {tools} is"
-            " the one that covers it.",
-            "{wrong} returned passages on {seen}, which misses {topics}. Calling {wrong} was a mistake, so I change to"
-            " {tools}.",
+            "The result deals with {seen} and does not give {missing}. {wrong} was the wrong tool for this; {tools} is"
+            " the one that covers {topics}.",
+            "{wrong} returned passages on {seen}, which do not give {missing}. Calling {wrong} was a mistake, so I"
+            " change to {tools}.",
         ),
         "insufficient": (
-            "The tool {wrong} and its query fit, yet the passages on {seen} still leave {topics} open. The specialised"
-            " tools find too little, so I fall back on {tools}.",
+            "The tool {wrong} and its query fit, yet the passages on {seen} still do not give {missing}. The"
+            " specialised tools find too little, so I fall back on {tools}.",
         ),
         "answer": (
             "The passages say: {fact} That is enough to answer the question: {answer}.",
@@ -54,6 +58,8 @@ _SAY = {
             "{fact} From this the answer follows: {answer}.",
         ),
         "and": " and ",
+        "need": "what I need",
+        "other": "other matters",
         "always": "any time",
     },
     "zh": {
@@ -66,13 +72,15 @@ _SAY = {
             "{fact}第一部分已经清楚。接下来需要{topics}，调用{tools}。",
         ),
         "wrong_arguments": (
-            "这些段落讲的是{seen}，没有提到我需要的{topics}。工具没有选错，但{tools}的参数 query 写错了，"
-            "我改正 query。",
+            "这些段落讲的是{seen}，没有给出{missing}。工具没有选错，但{tools}的参数 query 写错了，"
+            "我改正 query，改为查询{topics}。",
         ),
-        "wrong_tool": ("结果涉及{seen}，没有说到{topics}。{wrong}选错了；应当使用{tools}。",),
-        "insufficient": ("工具{wrong}和查询都合适，但关于{seen}的段落仍未说明{topics}。因此改用{tools}。",),
+        "wrong_tool": ("结果涉及{seen}，没有给出{missing}。{wrong}选错了；应当使用{tools}查询{topics}。",),
+        "insufficient": ("工具{wrong}和查询都合适，但关于{seen}的段落仍没有给出{missing}。因此改用{tools}。",),
         "answer": ("段落写道：{fact}这足以回答问题：{answer}。", "现在信息齐全。{fact}所以答案是{answer}。"),
         "and": "和",
+        "need": "我需要的内容",
+        "other": "其他内容",
         "always": "不限",
     },
 }
@@ -86,7 +94,8 @@ _REPAIR = {
 
 
 def write(draft: Draft, rng: random.Random) -> list[Turn]:
-    """The assistant turns of a draft: one per step of its shape, then the answer."""
+    """The assistant turns of a draft: one per step of its shape, then the answer. Raises Skip where a result has no
+    title that a wrong query could ask for."""
     turns: list[Turn] = []
     planned = {n: [_planned(draft, call) for call in draft.calls(n)] for n in range(1, draft.shape.rounds + 1)}
     for i, step in enumerate(draft.shape.steps):
@@ -126,24 +135,37 @@ def _calls(
             query = call["arguments"]["query"]
             found.append({"name": schema["name"], "arguments": fill(schema, query, _topics(draft, step), draft)})
         else:
-            query = " ".join([*titles(shown, 1), *keywords(draft.item.question, "", "", 3)])
-            query += " ?" * (query == call["arguments"]["query"])
+            query = _wrong_query(draft, shown, call["arguments"]["query"])
             found.append({"name": call["name"], "arguments": call["arguments"] | {"query": query}})
     return found
+
+
+def _wrong_query(draft: Draft, shown: Sequence[Passage], right: str) -> str:
+    """A query that would bring the passages shown: it asks for one that the right query does not ask for."""
+    other = next((title for title in _others(draft, shown) if {*words(title)} - {*words(right)}), None)
+    if other is None:
+        raise Skip("write", "the result has no title for a wrong query")
+    return " ".join([other, *keywords(draft.item.question, "", "", 3)])
+
+
+def _others(draft: Draft, shown: Sequence[Passage]) -> list[str]:
+    """Titles of a result that no gold passage has."""
+    gold = {passage.title for passage in draft.item.gold}
+    return titles([passage for passage in shown if passage.title not in gold], len(shown))
 
 
 def fill(schema: Schema, query: str, topic: str, draft: Draft) -> dict[str, Any]:
     """Arguments for all required parameters of a schema: the query, and for the others what their names ask for."""
     year = re.search(r"\b(1\d{3}|20\d{2})s?\b", draft.item.question)
     period = year[0] if year else _SAY[draft.language]["always"]
-    words = keywords(draft.item.question, "", topic, 4)
+    asked = keywords(draft.item.question, "", topic, 4)
     found: dict[str, Any] = {}
     for key in schema["parameters"]["required"]:
         kind = schema["parameters"]["properties"][key].get("type")
         if key == "query":
             found[key] = query
         elif kind == "array":
-            found[key] = [topic, *words[:2]]
+            found[key] = [topic, *asked[:2]]
         elif kind == "object":
             found[key] = {"topic": topic}
         elif kind in ("integer", "number"):
@@ -157,7 +179,7 @@ def fill(schema: Schema, query: str, topic: str, draft: Draft) -> dict[str, Any]
         elif re.search("max|count|limit|num", key):
             found[key] = "10"
         else:
-            found[key] = " ".join(words[:3]) if re.search("intent|hint|type|detail|category", key) and words else topic
+            found[key] = " ".join(asked[:3]) if re.search("intent|hint|type|detail|category", key) and asked else topic
     return found
 
 
@@ -178,9 +200,17 @@ def _thought(draft: Draft, i: int, calls: list[dict[str, Any]], turns: list[Turn
     wrong = [
         call["name"] for call in turns[i - 1]["calls"] if before.mistake == "insufficient" or call["name"] not in kept
     ]
-    seen = say["and"].join(titles(draft.bundles[i - 1]))
-    slots |= {"seen": seen, "wrong": say["and"].join(dict.fromkeys(wrong))}
+    shown = draft.bundles[i - 1]
+    seen = say["and"].join(_others(draft, shown)[:2]) or say["other"]
+    slots |= {"seen": seen, "missing": _missing(draft, shown), "wrong": say["and"].join(dict.fromkeys(wrong))}
     return rng.choice(say[_REPAIR[before.mistake]]).format(**slots)
+
+
+def _missing(draft: Draft, shown: Sequence[Passage]) -> str:
+    """Words of the question that a result does not hold; where it holds them all, just what is needed."""
+    held = {word for passage in shown for word in words(f"{passage.title} {passage.content}")}
+    found = [word for word in keywords(draft.item.question, most=99) if word not in held and len(word) > 1]
+    return ", ".join(found[:3]) or _SAY[draft.language]["need"]
 
 
 def _topics(draft: Draft, step: Step) -> str:

@@ -114,6 +114,7 @@ class Endpoint(ThreadingHTTPServer):
         self.answered: dict[str, int] = {}
         self.fault = lambda body, count: None
         self.delay = 0.0
+        self.models = ["fake"]
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -131,7 +132,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Endpoint
 
     def do_GET(self) -> None:
-        self.reply(200, {}, json.dumps({"data": [{"id": "fake"}]}).encode())
+        self.reply(200, {}, json.dumps({"data": [{"id": name} for name in self.server.models]}).encode())
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["Content-Length"]))
@@ -212,14 +213,34 @@ def test_the_same_line_again_does_nothing_and_another_is_refused(job, capfd):
     assert contents(job("seed=1", "overwrite=true")) != before
 
 
+def test_another_model_is_another_job(endpoint):
+    from cli.compose import compose
+    from experiments.synthesis_setup import job_key
+
+    def key(*words):
+        return job_key(compose("synth_data", ["input=x", "model=hf", *words]), "")
+
+    assert key("engine=vllm", "model.path=a") != key("engine=vllm", "model.path=b")
+    assert key("model.path=a", "results_dir=r") == key("model.path=b")
+    served = [*endpoint.words, "engine.model=null"]
+    endpoint.models = ["one"]
+    assert key(*served) == key(*served, "model.path=b") == key(*endpoint.words, "engine.model=one")
+    endpoint.models = ["two"]
+    assert key(*served) == key(*endpoint.words, "engine.model=two")
+
+
 def test_window_and_order_of_answers_change_nothing(job, endpoint):
     one = contents(job(*endpoint.words, "window=1", "cache=false", output="one"))
     endpoint.fault = lambda body, count: time.sleep(hash(str(body)) % 5 / 100)
     assert contents(job(*endpoint.words, "window=64", "cache=false", output="two")) == one
 
 
-def test_as_many_as_wanted(job):
+def test_as_many_as_wanted(job, endpoint):
     assert len(read(job("conversations=7"))) == 7
+    folder = job(*endpoint.words, "conversations=3", "window=256", output="paid")
+    assert len(read(folder)) == 3 and sum(endpoint.asked.values()) <= 2 * 2 * 3
+    folder = job(*endpoint.words, "conversations=29", "window=256", output="all")  # by shapes that were missing
+    assert len(read(folder)) == 29 and sum(endpoint.asked.values()) <= 2 * (30 + 1)
 
 
 def test_chinese_tools(job):
@@ -236,6 +257,20 @@ def test_all_stages_by_an_endpoint_and_its_cost(job, endpoint):
     from experiments.synthesis_report import summary
 
     assert "US dollars" in summary(folder)
+
+
+def test_a_model_in_this_process_is_asked(job, tmp_path):
+    """It writes nonsense, which the rules count; the job itself runs."""
+    from experiments.models import Tiny
+    from experiments.tokenizers import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer(chat=True)
+    Tiny(chat=True, warm_start=None, max_length=8192)._new(tokenizer, 0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(RunError, match="cannot be read"):
+        job(f"input={write_triples(tmp_path / 'one.jsonl', 1)}", "engine=transformers", "model=hf",
+            f"model.path={tmp_path / 'model'}", "max_tokens=4", "tries=1", "stages.write=template",
+            "stages.judge=template")  # fmt: skip
 
 
 # ---------------------------------------------------------------- going on
@@ -259,6 +294,55 @@ def test_stopped_at_any_row_it_ends_in_the_same_files(job, monkeypatch):
             job(output=f"cut{stop_at}")
         monkeypatch.setattr(synthesis, "_emit", emit)
         assert contents(job(output=f"cut{stop_at}")) == whole, stop_at
+
+
+def test_a_stop_while_the_bank_is_made_keeps_what_was_paid_for(job, endpoint, monkeypatch):
+    from experiments.signals import StopSignals
+
+    words = [*endpoint.words, "stages.tools=engine", "stages.write=template", "stages.judge=template",
+             "tools.variants=1", "tools.attempts=2"]  # fmt: skip
+    monkeypatch.setitem(globals(), "scripted", lambda body: "no tool")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StopSignals, "received", property(lambda self: 2 if endpoint.answered else None, lambda *_: None),
+                      raising=False)  # fmt: skip
+        job(*words)
+    stopped = dict(endpoint.asked)
+    folder = job(*words)
+    assert 0 < len(stopped) < 44 <= len(endpoint.asked) and set(endpoint.asked.values()) == {1}
+    assert json.loads((folder / "cost.json").read_text())["requests"] == len(endpoint.asked)
+
+
+def test_a_stop_before_the_first_row_can_go_on(job, monkeypatch):
+    whole = contents(job(output="whole"))
+    with monkeypatch.context() as patch, contextlib.suppress(OSError):
+
+        def dies(self, **state):
+            raise OSError("killed")
+
+        patch.setattr(synthesis_files.Output, "save", dies)
+        job(output="cut")
+    assert contents(job(output="cut")) == whole
+
+
+def test_a_file_that_lost_rows_is_not_filled_up(job):
+    folder = job()
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"finished": False}))
+    (folder / "train.jsonl").unlink()
+    with pytest.raises(RecordError, match="lost rows"):
+        job()
+    assert len(read(job("overwrite=true"))) >= 28
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "tools.jsonl"])
+def test_what_a_job_left_without_its_state_is_thrown_away_on_request_and_nothing_else(job, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    for file in (name, "mine.txt"):
+        (tmp_path / "out" / file).write_text("x")
+    with pytest.raises(RecordError, match="another job"):
+        job()
+    folder = job("overwrite=true")
+    assert len(read(folder)) >= 28 and (folder / "mine.txt").read_text() == "x"
 
 
 def start(tmp_path, words, output):
@@ -396,6 +480,7 @@ def test_rows_that_cannot_be_used_are_counted(job, tmp_path):
         ("missing.jsonl", None, DataError, "No such data file"),
         ("junk.parquet", b"junk", DataError, "cannot be read"),
         ("junk.jsonl.gz", b"junk", DataError, "cannot be read"),
+        ("damaged.jsonl.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 9, DataError, "cannot be read"),
         ("empty.jsonl", b"", ConfigError, "no rows"),
         ("table.xlsx", b"x", DataError, "Unknown kind"),
         ("useless.jsonl", b'{"question": "?"}\n', RunError, "no answer"),
@@ -417,8 +502,9 @@ def test_a_file_that_breaks_off(job, tmp_path):
 
 @pytest.mark.parametrize(
     "word",
-    ["attempts=0", "window=0", "tools.variants=0", "languages=[fr]", "languages=[]", "stages.write=engine", "rules=lax",
-     "stages.plan=maybe", "tools.theta_c=3", "tools.theta_b=-1", "conversations=0", "seeed=1"],
+    ["attempts=0", "window=0", "tools.variants=0", "languages=[fr]", "languages=[]", "languages=en",
+     "stages.write=engine", "rules=lax",
+     "stages.plan=maybe", "tools.theta_c=3", "tools.theta_c=nan", "negatives.theta_b=-1", "conversations=0", "seeed=1"],
 )  # fmt: skip
 def test_settings_that_cannot_be_right(job, word):
     with pytest.raises(ConfigError):
@@ -432,9 +518,10 @@ def test_a_bank_with_clashing_names(job, tmp_path):
     bank.write_text("".join(json.dumps({"virtual_tool": t, "tool": schema}) + "\n" for t in ("one", "two")))
     with pytest.raises(DataError, match="Two virtual tools have the name 'look'"):
         job(f"tools.path={bank}")
-    bank.write_text(json.dumps({"tool": 3}) + "\n")
-    with pytest.raises(DataError, match="cannot be read"):
-        job(f"tools.path={bank}")
+    for row in ({"tool": 3}, {"virtual_tool": "one", "tool": "{bad json"}):
+        bank.write_text(json.dumps(row) + "\n")
+        with pytest.raises(DataError, match="cannot be read"):
+            job(f"tools.path={bank}")
 
 
 def test_dense_needs_its_package(job):
@@ -447,10 +534,10 @@ def test_dense_needs_its_package(job):
         job("dense=some/model")
 
 
-def test_real_tools_and_triples(job, data):
+def test_real_tools_and_triples(job, data, capfd):
     folder = job(f"input={data / 'multihop_qa' / 'hotpotqa.jsonl.gz'}", "conversations=20",
                  f"tools.path={data / 'toolforge_tools' / 'toolforge_tools.jsonl.gz'}", "languages=[zh]")  # fmt: skip
-    assert len(read(folder)) == 20
+    assert len(read(folder)) == 20 and "A4, B6, C9, C10, D9, D10" in capfd.readouterr().err
     assert all(set(check(record).values()) == {1} for record in read(folder, "records.jsonl"))
 
 

@@ -96,6 +96,20 @@ def test_episode_measures_count_what_the_tools_met():
     assert task.score(text, row) == 1.0 and task.score(text.replace("answer", "other"), row) == 0.0
 
 
+def test_recovery_is_of_the_episodes_that_met_an_outage():
+    task = ToolWorld(hops=1, shapes=["A1"])
+    for row in (r for r in task.rows("eval", 0) if r.tier == "p3"):
+        case, query = row.meta["case"], row.meta["case"].item.question
+        right = next(name for name, r in case.serves.items() if r == query.split()[1])
+        env, turns = task.environment(row), []
+        for args in ({"query": query}, {"words": "none"}, {"query": query}, {"query": query}):
+            turns.append(SimpleNamespace(calls=[{"tool": right, "args": args}, None], result="x"))
+            if "query" in args:
+                env.tools[right](**args)
+        found = task.episode_metrics(SimpleNamespace(turns=turns, text=""), row)
+        assert (found["recovery"] == found["recovery"]) == bool(env.failed)
+
+
 def test_inventions_are_what_the_rule_on_passages_rejects():
     def shown(**more):
         made = ToolWorld(hops=1, shapes=["A1"], invented=0.5, train_rows=60, **more).rows("train", 0)

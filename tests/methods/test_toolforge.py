@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ from methods.toolforge.labels import Call, Label, by_rule
 from methods.toolforge.pipeline import Recipe, converse, grow_by_model, label_item, mistakes_of, without_clashes
 from methods.toolforge.record import answer_in, assemble, calls_in, shown_in, shown_text, system_text, turn_text
 from methods.toolforge.shapes import SHAPES, case_entropy, make_shape, of_route
-from methods.toolforge.text import Bm25, cosine, distinct, folded, lexical_vector, similarity
+from methods.toolforge.text import Bm25, cosine, distinct, folded, lexical_vector, similarity, words
 from methods.toolforge.tools import Bank, described, schema_problem, template_bank
 from methods.toolforge.writer import write
 
@@ -73,6 +74,10 @@ def test_the_first_two_variants_are_free(kept):
 def test_thresholds_out_of_range(bad):
     with pytest.raises(ConfigError):
         DualGate(**bad)
+
+
+def test_without_kept_texts_everything_passes():
+    assert DualGate(free=0).judge("anything", []).accepted
 
 
 def test_norm_zero_and_texts_without_words():
@@ -193,6 +198,10 @@ def invented(record):
     message["content"] = message["content"].replace("content: ", "content: In fact, ", 1)
 
 
+def beside(record):
+    record[1]["messages"][3]["content"] += "\nBut note: she was born in Bergen."
+
+
 def optional_edit(record):
     schema = schema_of(record, 2)
     optional = next(k for k in schema["parameters"]["properties"] if k not in schema["parameters"]["required"])
@@ -214,6 +223,15 @@ def unknown_parameter(record):
     edit_call(record, 0, lambda call: call["arguments"].update(colour="red"))
 
 
+def nan_argument(record):
+    key = schema_of(record, 0)["parameters"]["required"][-1]
+    edit_call(record, 0, lambda call: call["arguments"].update({key: math.nan}))
+
+
+def listed_query(record):
+    edit_call(record, 0, lambda call: call["arguments"].update(query=["Amber Road"]))
+
+
 def same_retry(record):
     messages = [m for m in record[1]["messages"] if m["role"] == "assistant"]
     call = messages[1]["content"].partition("<tool_call>")[2]
@@ -228,10 +246,13 @@ FAULTS = [
     (empty_tool, "110101111", None),
     (wrong_answer, "111011111", None),
     (invented, "111101111", None),
+    (beside, "111101111", "111111111"),
     (optional_edit, "111110111", None),
     (unlabelled_tool, "111111101", None),
     (lost_reference, "111111011", "111111111"),
     (unknown_parameter, "111111110", None),
+    (nan_argument, "111111100", None),
+    (listed_query, "111111110", "111111111"),
     (same_retry, "111110111", "111111111"),
 ]
 
@@ -339,6 +360,27 @@ def test_routes_follow_the_structure(bank):
         "A": "case1", "B": "case2", "C": "case3", "D": "case4"}  # fmt: skip
 
 
+def test_the_first_round_knows_only_the_question(bank):
+    base, hop = item(), {"question": "Amber Road >> director", "answer": "Lena Falk", "paragraph_support_idx": 0}
+    chain = {"question": "Where was the maker of that film born?", "answer": "Oslo", "decomposition": [
+                 hop | {"question": "that film >> maker"},
+                 {"question": "#1 >> place of birth", "answer": "Oslo", "paragraph_support_idx": 1}],
+             "context": [{"title": "Amber Road", "text": "Amber Road is by Lena Falk.", "is_supporting": True},
+                         {"title": "Lena Falk", "text": "Born in Oslo.", "is_supporting": True}]}  # fmt: skip
+    hidden = (
+        read_item(chain),
+        replace(base, question="Where was the director of that film born?"),
+        replace(base, question="Where was she born?", gold=base.gold[1:]),
+        replace(base, question="Who is it?", gold=(base.gold[1], Passage("Oslo", "A town."))),
+    )
+    for source in hidden:
+        label, rounds = by_rule(source, bank)
+        said = " ".join(f"{call.topic} {call.query}" for call in rounds[0])
+        assert not any(title in said for title in ("Amber Road", "Lena Falk", "Oslo")), (said, label)
+    assert [[c.topic for c in level] for level in by_rule(hidden[0], bank)[1]] == [["that film: maker"], ["Lena Falk"]]
+    assert [[c.topic for c in level] for level in by_rule(base, bank)[1]] == [["Amber Road"], ["Lena Falk"]]
+
+
 def test_a_question_of_three_rounds_is_skipped(bank):
     hops = [{"question": q, "answer": a, "paragraph_support_idx": i} for i, (q, a) in
             enumerate((("who?", "Ann"), ("where is #1?", "Rome"), ("when was #2 founded?", "753")))]  # fmt: skip
@@ -369,8 +411,13 @@ def changed(**more):
         ({"question": "q", "answer": "a"}, "no context"),
         (changed(supporting_facts=[["A", 7]]), "a supporting fact"),
         (changed(supporting_facts=[["Z", 0]]), "a supporting fact"),
-        (changed(supporting_facts=[["A", "x"]]), "context cannot be read"),
-        (changed(context=[1, 2]), "context cannot be read"),
+        (changed(supporting_facts=[["A", "x"]]), "row cannot be read"),
+        (changed(supporting_facts=[["A", math.inf]]), "row cannot be read"),
+        (changed(context=[1, 2]), "row cannot be read"),
+        (changed(context="[" * 9999), "row cannot be read"),
+        (changed(answer_aliases=5), "row cannot be read"),
+        (changed(answer="Bergen", answer_aliases="Oslonia"), "answer not in context"),
+        (changed(decomposition=[{"question": "q", "answer": "a", "paragraph_support_idx": [0]}]), "row cannot be read"),
         (changed(supporting_facts=[]), "no supporting passage"),
         (changed(answer="Bergen"), "answer not in context"),
         (changed(answer=""), "no answer"),
@@ -408,7 +455,7 @@ def test_forms_of_the_sets():
 
 
 def test_a_lone_surrogate_is_no_text():
-    json.dumps(read_item(changed(question="a\ud800b")).source(), ensure_ascii=False).encode()
+    json.dumps(read_item(changed(question="a\ud800b", _id="\ud800")).source(), ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize(("name", "pool"), [("C4", 0), ("C9", 2)])
@@ -458,6 +505,7 @@ def test_plans_are_checked_before_anything_is_written(bank):
         "lacks a required": ((Call(one["name"], "x", "x", (0,), {}),), good[1]),
         "every gold passage": ((call(one, (0, 1)),), good[1]),
         "not called": ((call(one, (0,)),), (call(one, (1,)),)),
+        "finds no passage": ((call(one, (0, 1)),), (call(two, ()),)),
     }
     for reason, rounds in bad.items():
         with pytest.raises(Skip, match=reason):
@@ -490,11 +538,13 @@ def test_clashing_names_are_refused_or_numbered():
         Bank({"one": [tool("a")], "two": [tool("a")]})
     fixed = without_clashes({"one": [tool("a")], "two": [tool("a"), tool("b")]})
     assert [s["name"] for variants in fixed.values() for s in variants] == ["a", "a_2", "b"]
+    Bank(without_clashes({"one": [tool("a" * 64)], "two": [tool("a" * 64)]}))
 
 
 @pytest.mark.parametrize(
     "bad",
     [None, {}, tool(""), tool("a b"), tool("a", required=[]), tool("a", required=["query", "x"]),
+     tool("a", required=["query", ["x"]]),
      tool("a", properties={}),
      tool("a", required="query"), tool("a") | {"description": " "},
      tool("a", properties={f"p{i}": {} for i in range(10)} | {"query": {}})],
@@ -504,14 +554,22 @@ def test_schemas_that_are_none(bad):
     assert not schema_problem(tool("a"))
 
 
+def variant(name, required=2, fields=3, **more):
+    keys = ["query", *(f"p{i}" for i in range(fields - 1))]
+    return tool(name, properties={key: {} for key in keys}, required=keys[:required]) | more
+
+
 def test_variants_from_a_model_are_gated_and_counted():
-    canonical, near = tool("base"), tool("near") | {"description": "d near the base"}
-    answers = ["no json", json.dumps(tool("")), json.dumps(near), json.dumps(near), json.dumps(tool("second")), None]
-    kept, rejected = run(grow_by_model(canonical, DualGate(theta_c=-1), 2, 6, "en", 0), *answers)
+    canonical, near = tool("base"), variant("near", description="d near the base")
+    unfit = [tool(""), tool("plain"), variant("many", 6, 6), variant("wide", 2, 7), variant("same") | {"parameters": 1}]
+    answers = ["no json", *map(json.dumps, (*unfit, near, near, variant("second"))), None]
+    kept, rejected = run(grow_by_model(canonical, DualGate(theta_c=-1), 2, 10, "en", 0), *answers)
     assert [s["name"] for s in kept] == ["near", "second"]
-    assert rejected == {"no JSON": 1, "no usable schema": 1, "a name in use": 1}
+    assert rejected == {"no JSON": 1, "no usable schema": 5, "a name in use": 1}
     kept, rejected = run(grow_by_model(canonical, DualGate(), 2, 3, "zh", 0), "x", None, "{")
     assert kept == [] and rejected == {"no JSON": 3}
+    odd = json.dumps(variant("odd", description="\ud800 odd"))
+    assert len(run(grow_by_model(canonical, DualGate(theta_c=-1), 1, 1, "en", 0), odd, None)[0]) == 1
 
 
 # ---------------------------------------------------------------- models
@@ -562,6 +620,13 @@ def test_answers_that_cannot_be_read_are_asked_again_and_then_counted(bank, answ
         run(label_item(item(), model_recipe(bank)), None)
 
 
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": [1e999]}', "{" * 5000 + "}" * 5000])
+def test_what_json_cannot_hold_is_no_answer(text):
+    with pytest.raises(ValueError):
+        asks.json_in(text)
+    assert asks.json_in('{"a": "\\ud800"}') == {"a": "?"}
+
+
 @pytest.mark.parametrize(("text", "score"), [("good [1]", True), ("[1] then [0]", False), ("turn [0]\n[1]", True)])
 def test_the_judge_s_last_word_counts(text, score):
     assert asks.read_score(text) is score
@@ -592,8 +657,43 @@ def test_the_rule_judge_wants_the_mistake_named(bank):
             turn["content"] = "<think>On we go.</think>" + turn["content"].partition("</think>")[2]
             assert judge.by_rule(silent)[0] is False
     long = copy.deepcopy(made.record)
-    long[1]["messages"][2]["content"] = f"<think>{'word ' * 200}</think>\n"
-    assert judge.by_rule(long) == (False, "turn 0: a thought of 200 words or more")
+    for thought in ("word " * 200, "长" * 200):
+        long[1]["messages"][2]["content"] = f"<think>{thought}</think>\n"
+        assert judge.by_rule(long) == (False, "turn 0: a thought of 200 words or more")
+
+
+def test_the_rule_judge_reads_what_a_repair_claims(bank):
+    _, made = dialogue("C4", bank)
+    shown = shown_in(made.record[1]["messages"][5]["content"])[0][0]
+    for thought, passed in (
+        ("All is well; my query was right.", False),
+        (f"They do not mention what I need, {shown}. So query was wrong.", False),
+        (f"Nothing here is on {shown}: query was wrong.", False),
+        (f"They are about {shown} and do not mention Lena Falk. So query was wrong.", True),
+    ):
+        record = copy.deepcopy(made.record)
+        turn = record[1]["messages"][6]
+        turn["content"] = f"<think>{thought}</think>" + turn["content"].partition("</think>")[2]
+        assert judge.by_rule(record)[0] is passed, thought
+
+
+@pytest.mark.parametrize("name", [n for n in SHAPES if SHAPES[n].mistakes])
+def test_repairs_are_true_where_a_result_holds_other_sentences_of_a_gold_article(bank, name):
+    source = sources()[name[0]]
+    more = tuple(Passage(p.title, f"{p.title}: a director of a film, born somewhere.") for p in source.gold)
+    source = replace(source, pool=(*more, *source.pool))
+    made = dialogue(name, bank, source=source)[1]
+    assert made.kept, (made.reason, made.detail)
+    messages, gold = made.record[1]["messages"], {p.title for p in source.gold}
+    for place in mistakes_of(made.record):
+        thought, wrong, right = messages[place + 2]["content"].partition("</think>")[0], *(
+            {w for c in calls_in(messages[at]["content"]) for w in words(c["arguments"]["query"])}
+            for at in (place, place + 2)
+        )  # fmt: skip
+        shown = {title for title, _ in shown_in(messages[place + 1]["content"])}
+        assert not any(f"{said} {title}" in thought for title in gold & shown for said in ("about", "on", "with"))
+        if "arguments" in SHAPES[name].steps[(place - 2) // 2].mistake:
+            assert wrong - right
 
 
 CORRUPT = {
