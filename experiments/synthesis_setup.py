@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from experiments.engines.session import Session
     from experiments.signals import StopSignals
 
-VERSION = 1  # raise it with any change that makes other conversations from the same settings
+VERSION = 2  # raise it with any change that makes other conversations from the same settings
 # What does not change a single line of what is written.
 NO_MATTER = ("output", "overwrite", "cache", "window", "input", "results_dir")
 PATIENCE = (
