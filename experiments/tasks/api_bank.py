@@ -25,6 +25,7 @@ class ApiBank(ToolTable):
 
     name: str = "api_bank"
     tiers: tuple[str, ...] = ("level 1", "level 2", "level 3")
+    max_completion_tokens: int = 512
     eval_fraction: float = 1.0
 
     def messages(self, record: dict, prompt: Any) -> list[dict]:

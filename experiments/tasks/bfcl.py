@@ -45,6 +45,7 @@ class Bfcl(ToolTable):
 
     name: str = "bfcl"
     tiers: tuple[str, ...] = CATEGORIES
+    max_prompt_tokens: int = 4096
     max_completion_tokens: int = 512
     eval_fraction: float = 1.0
 

@@ -23,6 +23,7 @@ class Rlla(ToolTable):
 
     name: str = "rlla"
     tiers: tuple[str, ...] = ("call", "response", "both")
+    tier_column: str | None = None
 
     def messages(self, record: dict, prompt: Any) -> list[dict]:
         if not isinstance(prompt, str):
