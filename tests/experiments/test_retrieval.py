@@ -277,11 +277,11 @@ class FakeModel:
 
 @pytest.fixture
 def fake_package(monkeypatch):
-    dense._model.cache_clear()
+    dense.load_versioned.cache_clear()
     module = SimpleNamespace(SentenceTransformer=FakeModel, __version__="5.0")
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
     yield
-    dense._model.cache_clear()
+    dense.load_versioned.cache_clear()
 
 
 def test_fusion_of_words_and_vectors(fake_package):
