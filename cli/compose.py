@@ -342,6 +342,12 @@ def _check_type(key: str, override: Override, node: Any) -> None:
             keys = ", ".join(f"{key}.{name}" for name in list(node)[:6])
             where = str(override.input_line)
             raise ConfigError(f"{key} is a section", where=where, expected=f"one of its keys: {keys}")
+        if isinstance(node, Section) and len(node) and isinstance(value, dict):
+            stray = [str(name) for name in value if str(name) not in map(str, node)]
+            if stray:
+                names = list(map(str, node))
+                fix = hint(stray[0], names) or f"use one of {', '.join(names[:12])}"
+                raise ConfigError(f"{key} has no key '{stray[0]}'", where=str(override.input_line), fix=fix)
         return
     default = node._value()
     if isinstance(default, str) and "${" in default:

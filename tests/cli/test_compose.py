@@ -65,6 +65,7 @@ def test_values_of_the_right_type_are_taken(conf):
         ("modell=tiny", ["did you mean 'model'?"]),
         ("trainer.max_steps.x=3", ["no key"]),
         ("trainer=3", ["trainer is a section", "trainer.max_steps"]),
+        ("trainer={max_stops: 3}", ["trainer has no key 'max_stops'", "max_steps"]),
         ("suite=all", ["no use for suite="]),
         ("extra.x=1", ["no extra is chosen", "extra=NAME"]),
         ("~seed", ["taken away", "seed=null"]),
