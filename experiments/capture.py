@@ -14,7 +14,8 @@ is on the right and never counted. Tensor suffixes: B passages, L tokens of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,7 @@ class Vectors:
     row_T: Tensor
 
 
-class _Reached(Exception):  # noqa: N818 - no error: the layer has been computed
+class _Reached(Exception):
     pass
 
 
@@ -86,7 +87,7 @@ class Capture:
 
         DataError for a passage longer than the model's context.
         """
-        for batch in self._batches(((p,) for p in passages)):
+        for batch in self._batches((p,) for p in passages):
             yield self._vectors([p for (p,) in batch.items], batch.rows)
 
     def read_pairs(self, pairs: Iterable[tuple[Passage, Passage]]) -> Iterator[tuple[Vectors, Vectors]]:
@@ -112,30 +113,20 @@ class Capture:
     @torch.no_grad()
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """(B, L, d) residual stream of sequences, padded on the right. DataError beyond the model's context."""
-        lengths = [len(row) for row in ids]
-        longest = max(lengths)
+        longest = max(len(row) for row in ids)
         if self.context and longest > self.context:
             raise too_long(longest, self.context)
-        device = next(self.model.parameters()).device
-        # Causal attention never looks to the right, so what stands there changes nothing; id 0 is always in range.
-        ids_BL = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=device)
-        # Without padding no mask is needed, and attention without one is faster.
-        mask_BL = None
-        if min(lengths) < longest:
-            mask_BL = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
-        return self._run(ids_BL, mask_BL)
-
-    def _run(self, ids_BL: Tensor, mask_BL: Tensor | None) -> Tensor:
+        inputs = padded(ids, next(self.model.parameters()).device)
         found: list[Tensor] = []
 
-        def keep(module: Any, inputs: Any, output: Any) -> None:
+        def keep(module: Any, given: Any, output: Any) -> None:
             found.append(output[0] if isinstance(output, tuple) else output)
             if self.early_stop:
                 raise _Reached
 
         handle = self.block.register_forward_hook(keep)
         try:
-            self.model(input_ids=ids_BL, attention_mask=None if mask_BL is None else mask_BL.long(), use_cache=False)
+            self.model(**inputs, use_cache=False)
         except _Reached:
             pass
         finally:
@@ -195,6 +186,18 @@ def _check_passages(row: int, item: tuple[Passage, ...]) -> None:
             )
 
 
+def padded(ids: Sequence[Sequence[int]], device: Any) -> dict[str, Tensor]:
+    """`input_ids` (B, L) of sequences padded on the right, with an `attention_mask` where there is padding."""
+    lengths = [len(row) for row in ids]
+    longest = max(lengths)
+    # Causal attention never looks to the right, so what stands there changes nothing; id 0 is always in range.
+    found = {"input_ids": torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=device)}
+    if min(lengths) < longest:  # without padding attention is faster without a mask
+        mask_BL = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+        found["attention_mask"] = mask_BL.long()
+    return found
+
+
 def too_long(length: int, context: int) -> DataError:
     """The refusal of a text that the model cannot read whole."""
     return DataError(
@@ -205,21 +208,27 @@ def too_long(length: int, context: int) -> DataError:
     )
 
 
-def pieces(ids: Sequence[int], size: int, start_ids: Sequence[int] = ()) -> list[Passage]:
-    """A long text as passages of at most `size` tokens, each behind `start_ids` (a BOS), which do not count."""
-    room = size - len(start_ids)
+def pieces(ids: Sequence[int], size: int, start: Sequence[int] = ()) -> list[Passage]:
+    """A long text as passages of at most `size` tokens, each behind `start` (see `start_ids`), which does not count."""
+    head = len(start)
+    room = size - head
     if room < 1:
-        raise ConfigError("A piece of text has no room for a token", got=size, expected=f"over {len(start_ids)}")
-    head = len(start_ids)
+        raise ConfigError("A piece of text has no room for a token", got=size, expected=f"over {head}")
     cut = [ids[at : at + room] for at in range(0, len(ids), room)]
-    return [Passage([*start_ids, *part], [(head, head + len(part))]) for part in cut]
+    return [Passage([*start, *part], [(head, head + len(part))]) for part in cut]
 
 
 def start_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of every text (a BOS, or nothing)."""
-    built = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return list(built[: len(built) - len(plain)]) if plain and built[-len(plain) :] == plain else []
+    """What stands in front of every text: the tokenizer's own start tokens, else its BOS, else its EOS.
+
+    There is always one, because the first token of a sequence, whatever it is, takes a norm a hundred times that of
+    the others in many models (an attention sink): no token of a text may stand there.
+    """
+    built = list(tokenizer("a")["input_ids"])
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    at = next((i for i in range(1, len(built)) if plain and built[i : i + len(plain)] == plain), 0)
+    spare = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return built[:at] if at else [] if spare is None else [spare]
 
 
 def context_length(model: Any) -> int | None:
@@ -235,6 +244,20 @@ def absolute_positions(model: Any) -> bool:
         name.rpartition(".")[2] in names and isinstance(module, torch.nn.Embedding)
         for name, module in model.named_modules()
     )
+
+
+@contextmanager
+def edited(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block the residual stream (B, L, d) after decoder layer `layer` is what `edit` makes of it."""
+
+    def change(module: Any, inputs: Any, output: Any) -> Any:
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+    handle = decoder_layers(model)[layer].register_forward_hook(change)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def decoder_layers(model: Any) -> Any:

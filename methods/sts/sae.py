@@ -114,14 +114,7 @@ class SAE(nn.Module):
                 got=f"vectors of size {z_Td.shape[-1]}, an SAE of width {self.width}",
                 expected="an SAE that was trained on this model",
             )
-        if not bool(torch.isfinite(z_Td).all()):
-            raise DataError(
-                "The residual stream holds NaN or infinity",
-                where=f"layer {'unknown' if self.layer is None else self.layer}, {str(z_Td.dtype).split('.')[-1]}",
-                got=f"{int((~torch.isfinite(z_Td)).any(-1).sum())} of {z_Td[..., 0].numel()} token vectors",
-                expected="finite numbers",
-                fix="run the model in float32 (bfloat16 and float16 can overflow), and look for damaged weights",
-            )
+        refuse_not_finite(z_Td, self.layer)
         return z_Td.to(self.W_dec.dtype)
 
     def _features(self, x_Td: Tensor) -> Tensor:
@@ -189,6 +182,18 @@ class SAE(nn.Module):
             if name in SHAPES[self.architecture]:
                 getattr(self, name).mul_(norm_s)
         return self
+
+
+def refuse_not_finite(z_Td: Tensor, layer: int | None) -> None:
+    """DataError, naming layer and dtype, if residual vectors hold NaN or infinity."""
+    if not bool(torch.isfinite(z_Td).all()):
+        raise DataError(
+            "The residual stream holds NaN or infinity",
+            where=f"layer {'unknown' if layer is None else layer}, {str(z_Td.dtype).removeprefix('torch.')}",
+            got=f"{int((~torch.isfinite(z_Td)).any(-1).sum())} of {z_Td[..., 0].numel()} token vectors",
+            expected="finite numbers",
+            fix="run the model in float32 (bfloat16 and float16 can overflow), and look for damaged weights",
+        )
 
 
 class Quality:
