@@ -44,7 +44,7 @@ HOURS = {
 # category; share of the merchants; words of its tags
 CATEGORIES = """
 dining 餐饮 | 35 | quiet 安静, lively 热闹, spicy 香辣, vegetarian 素食, outdoor seating 露天座位, set menu 套餐
-lifestyle 生活服务 | 25 | members club 会员制, beginners welcome 欢迎新手, private room 包间, couples 情侣, unisex 男女宜
+lifestyle 生活服务 | 25 | members club 会员制, beginners welcome 欢迎新手, private room 包间, couple 情侣, unisex 男女宜
 shopping 购物 | 20 | imported 进口, handmade 手工, second hand 二手, bargain 特价, gift wrapping 礼品包装
 accommodation 住宿 | 10 | river view 江景, breakfast included 含早餐, budget 经济, soundproof 隔音, family 亲子
 healthcare 医疗健康 | 5 | emergency 急诊, painless 无痛, insurance accepted 支持医保, paediatric 儿科, walk in 免预约
