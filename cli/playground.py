@@ -37,9 +37,9 @@ def playground(
     from experiments.tasks.local_life import service
 
     cfg = compose("eval", ["task=local_life", *(overrides or [])], config_dir or ())
-    tools = instantiate(cfg.task).playground
+    tools = instantiate(cfg.task).playground(cfg.eval.split)
     app = service.make_app(tools, rate=rate, body=body)
-    tools.index, tools.world.facts and tools.web  # built before the first request
+    tools.prepare()
 
     def started(url: str) -> None:
         typer.echo(f"LocalPlayground of {tools.world.source}: {url}")

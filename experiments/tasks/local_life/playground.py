@@ -65,6 +65,13 @@ class Playground:
         pages = [Passage(page.page_id, page.title, page.text) for page in self.world.facts]
         return index_passages(pages, key=self.key)
 
+    def prepare(self) -> None:
+        """Builds what the first search would build."""
+        for city in self.world.cities[:1]:
+            self.search("", city)
+        if self.world.facts:
+            self.web_search("")
+
     def _documents(self, city: str) -> list[tuple[str, str]]:
         return self.world.documents(city)
 

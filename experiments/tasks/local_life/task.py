@@ -38,7 +38,7 @@ class LocalLife(Task):
     leaves fluency, safety and the scores of a trajectory empty, and public questions without a score.
 
     Row.answer is the list of gold ids, None for public questions. The score is correctness: the ids cited behind
-    【Answer】 are the gold ones in their order, and each was retrieved in this very rollout. Row ids begin with the city.
+    【Answer】 are the gold ones in their order, and each was retrieved in this rollout. Row ids begin with a city.
     Differs from the paper: BM25 in place of its embedding and reranking models; exact scores in place of a judge's;
     all tags of a reply are run in their order.
     """
@@ -103,16 +103,9 @@ class LocalLife(Task):
         return self._sources[split]
 
     def rows(self, split: str, seed: int) -> list[Row]:
-        """Rows in the order fixed by `seed`. Raises DataError for a source that cannot be used, ConfigError for
-        training on public questions, which only a judge can score."""
-        source = self._source(split)
-        chosen = source.of_split(split)
-        if split == "train" and any(question.gold is None for question in chosen):
-            raise ConfigError(
-                "Public questions have no exact reward, and they are an evaluation set", where="task.path",
-                got=self.path, fix='train on generated worlds: task.path=""',
-            )  # fmt: skip
-        rows = [self._row(question, split) for question in chosen]
+        """Rows in the order fixed by `seed`. Raises DataError for a source that cannot be used or has no such split:
+        public questions are there for evaluation only."""
+        rows = [self._row(question, split) for question in self._source(split).of_split(split)]
         return shuffled(rows, seed, "local_life", split)
 
     def _row(self, question: Question, split: str) -> Row:
