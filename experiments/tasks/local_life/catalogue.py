@@ -45,10 +45,10 @@ HOURS = {
 CATEGORIES = """
 dining 餐饮 | 35 | quiet 安静, lively 热闹, spicy 香辣, vegetarian 素食, outdoor seating 露天座位, set menu 套餐
 lifestyle 生活服务 | 25 | members club 会员制, beginners welcome 欢迎新手, private room 包间, couple 情侣, unisex 男女宜
-shopping 购物 | 20 | imported 进口, handmade 手工, second hand 二手, bargain 特价, gift wrapping 礼品包装
+shopping 购物 | 20 | imported 进口, handmade 手工, pre owned 二手, bargain 特价, gift wrapping 礼品包装
 accommodation 住宿 | 10 | river view 江景, breakfast included 含早餐, budget 经济, soundproof 隔音, family 亲子
-healthcare 医疗健康 | 5 | emergency 急诊, painless 无痛, insurance accepted 支持医保, paediatric 儿科, walk in 免预约
-tourism 旅游 | 5 | guided tours 导览, night opening 夜场, interactive 互动体验, scenic 风景优美, historic 历史悠久
+healthcare 医疗健康 | 5 | emergency 急诊, painless 无痛, insured 支持医保, paediatric 儿科, appointment free 免预约
+tourism 旅游 | 5 | guided tours 导览, evening tickets 夜场, interactive 互动体验, scenic 风景优美, historic 历史悠久
 """
 
 # category: kind; median price; hours; words that no document holds; products
@@ -102,7 +102,7 @@ shopping: florist 花店; 85; day; bouquets 鲜切束, roses and lilies 玫瑰�
 shopping: jeweller 珠宝店; 900; day; gold rings 金戒指, diamonds 钻戒;
  necklace 项链, bracelet 手链, earrings 耳环, brooch 胸针, pearl string 珍珠串
 shopping: cyclery 单车行; 450; day; bicycle dealer 脚踏车, bike repair 修车;
- helmet 头盔, inner tube 内胎, saddle 车座, chain oil 链条油, folding frame 折叠架
+ helmet 头盔, inner tube 内胎, saddle 车座, lubricant 链条油, folding frame 折叠架
 shopping: toyshop 玩具店; 95; long; playthings 儿童玩物, puzzles and dolls 拼图娃娃;
  building blocks 积木, plush bear 毛绒熊, kite 风筝, model train 火车模型, marbles 玻璃珠
 shopping: stationer 文具店; 35; day; pens and paper 纸笔, office supplies 办公用品;
@@ -118,7 +118,7 @@ accommodation: guesthouse 民宿; 240; day; homestay 住家, rural homestead 农
 accommodation: resort 度假村; 780; day; holiday bungalows 别墅, leisure compound 休闲园区;
  pool villa 泳池屋, golf hour 高尔夫, kids camp 儿童营, sauna voucher 桑拿券, tennis 网球
 accommodation: motel 汽车旅馆; 170; day; roadside beds 路边住店, drivers sleeping stop 驾车投宿;
- single room 单人间, carport 车棚, linen bag 布草袋, kettle 热水壶, weekly rate 周租
+ single room 单人间, carport 车棚, linen bag 布草袋, kettle 热水壶, weekly deal 周租
 healthcare: dentist 牙科; 260; day; tooth doctor 看牙, orthodontics 正畸;
  scaling 洁治, crown 牙冠, whitening 美白, implant 种植体, root canal 根管
 healthcare: optician 眼镜店; 300; day; spectacles 配镜, eyesight exam 验光;

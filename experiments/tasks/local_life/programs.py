@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -99,13 +100,14 @@ class Solver:
     """Executes programs on a world by looking at every merchant of the city."""
 
     def __init__(self, world: World) -> None:
-        self.world = world
+        self.world, self.margins = world, MARGINS
         table = world.merchants
         self.ids: list[str] = table["poi_id"].tolist()
         self.rating, self.price = table["rating"].to_numpy(float), table["avg_price"].to_numpy(float)
         self.x, self.y = table["x"].to_numpy(float), table["y"].to_numpy(float)
         self.area, self.district = table["business_area"].to_numpy(object), table["district"].to_numpy(object)
         self.chain = table["chain"].to_numpy(object)
+        self.city, self.subcategory = table["city"].tolist(), table["subcategory"].tolist()
         self.kinds = table.groupby(["city", "subcategory"], sort=False).indices
         self.landmark = {(p.city, p.area): (p.x, p.y) for p in world.places if p.kind == "area"}
         self.event_area = {(e.city, e.name): e.area for e in world.events}
@@ -135,13 +137,17 @@ class Solver:
             return self._plan(program)
         found: list[int] = []
         for hop in program.hops:
-            rows = self.candidates(program.city, hop, found)
-            rows = rows[self.passes(hop, rows)]
-            winner = self.best(rows, self.keys(program.city, hop, rows, found), hop.key)
+            winner = self.solve_hop(program.city, hop, found)
             if winner is None:
                 return None
             found.append(winner)
         return found
+
+    def solve_hop(self, city: str, hop: Hop, found: Sequence[int]) -> int | None:
+        """The row that one hop asks for, after the answers `found`."""
+        rows = self.candidates(city, hop, found)
+        rows = rows[self.passes(hop, rows)]
+        return self.best(rows, self.keys(city, hop, rows, found), hop.key)
 
     def candidates(self, city: str, hop: Hop, found: Sequence[int]) -> np.ndarray:
         """Rows of the hop's kind at its places, whatever its conditions."""
@@ -211,12 +217,12 @@ class Solver:
             values = np.array([side(h) if (h := self.hours[row]) else np.inf for row in rows], dtype=float)
         return np.where(np.isnan(values), np.inf, values)
 
-    @staticmethod
-    def best(rows: np.ndarray, values: np.ndarray, key: str) -> int | None:
+    def best(self, rows: np.ndarray, values: np.ndarray, key: str) -> int | None:
+        """The row of the smallest value; None where there is none or the next one is nearer than the margin."""
         if not len(rows) or not np.isfinite(values.min()):
             return None
         order = np.argsort(values, kind="stable")
-        clear = len(rows) == 1 or values[order[1]] - values[order[0]] >= MARGINS[key] - EPS
+        clear = len(rows) == 1 or values[order[1]] - values[order[0]] >= self.margins[key] - EPS
         return int(rows[order[0]]) if clear else None
 
     def _plan(self, program: Program) -> list[int] | None:
@@ -236,10 +242,22 @@ class Solver:
         order = np.argsort(-ratings, kind="stable")[:2]
         if not np.isfinite(ratings[order[0]]):
             return None
-        if len(order) > 1 and ratings[order[0]] - ratings[order[1]] < MARGINS["rating"] - EPS:
+        if len(order) > 1 and ratings[order[0]] - ratings[order[1]] < self.margins["rating"] - EPS:
             return None
         places = np.unravel_index(order[0], prices.shape)
         return [int(rows[place]) for rows, place in zip(options, places, strict=True)]
+
+    def among(self, poi_ids: Collection[str]) -> Solver:
+        """A solver that knows these merchants only and takes the first of equally good ones: what an agent can do
+        that has retrieved them."""
+        kinds: dict[tuple[str, str], list[int]] = {}
+        for row in sorted(self.world.position[poi_id] for poi_id in poi_ids):
+            kinds.setdefault((self.city[row], self.subcategory[row]), []).append(row)
+        _ = self.hours, self.tags, self.products  # once, not in every copy
+        view = copy.copy(self)
+        view.kinds = {kind: np.array(rows) for kind, rows in kinds.items()}
+        view.margins = dict.fromkeys(MARGINS, 0.0)
+        return view
 
     # ---------------------------------------------------------------- variants and checking
 
@@ -269,7 +287,7 @@ class Solver:
             known = known and (hop.chain_of < 0 or found[hop.chain_of] >= 0)
             there = self.candidates(program.city, hop, found) if known else np.empty(0, dtype=np.int64)
             fit = there[self.passes(hop, there)]
-            checks[f"{slot} type"] = row >= 0 and self.world.merchants["subcategory"].iat[row] == hop.subcategory
+            checks[f"{slot} type"] = row >= 0 and self.subcategory[row] == hop.subcategory
             checks[f"{slot} place"] = bool(row in there)
             for name, kinds in _GROUPS.items():
                 conditions = [c for c in hop.conditions if c.kind in kinds]

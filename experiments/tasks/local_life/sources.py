@@ -67,10 +67,11 @@ def of_seed(
     districts: int = 5,
     areas: int = 3,
     language: str = "en",
+    hops: tuple[tuple[int, float], ...] = (),
 ) -> Source:
-    """A generated world and its questions, findable by the default retriever (`index_of`)."""
+    """A generated world and its questions, findable by the default retriever (`index_of`). hops: (searches, weight)."""
     world = generated(seed, size, cities=cities, districts=districts, areas=areas, language=language)
-    made, draws = make_questions(world, questions, seed, index_of(world).search)
+    made, draws = make_questions(world, questions, seed, index_of(world).search, hops=dict(hops))
     return Source(world.source, world, made, by_seed=True, draws=draws)
 
 

@@ -206,7 +206,7 @@ def document(values: Mapping[str, Any]) -> str:
         if name == "category":
             value = "/".join(v for v in (value, values["subcategory"]) if v)
         elif name == "business_hours" and value and values["closed_weekday"] >= 0:
-            value = f"{value}, closed on {WEEKDAYS[values['closed_weekday']]}"
+            value = f"{value} except {WEEKDAYS[values['closed_weekday']]}"
         elif name in NUMBERS:
             value = "" if value != value else f"{value:g}"
         if value:
