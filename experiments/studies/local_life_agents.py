@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from experiments.seeds import derive
 from experiments.tasks.local_life import metrics
 from experiments.tasks.local_life.agents import AGENTS, Attempt
 from experiments.tasks.local_life.playground import Playground, Visit
-from experiments.tasks.local_life.sources import of_seed
+from experiments.tasks.local_life.sources import Source, of_seed
 from methods.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class LocalLifeAgents:
                 "Not three weights", where="study.hops", got=list(self.hops), expected="such as [6, 3, 1]"
             )
         mix = tuple(zip((3, 4, 5), map(float, self.hops), strict=True))
-        source = of_seed(FIRST_SEED + seed, self.size, self.questions, language=self.language, hops=mix)
-        playground, table = Playground(source.world), []
+        source, playground = _world(FIRST_SEED + seed, self.size, self.questions, self.language, mix)
+        table = []
         for question in source.questions:
             visit = Visit(playground, question.city)
             rng = random.Random(derive(seed, "local_life_agents", question.id))
@@ -66,3 +67,9 @@ class LocalLifeAgents:
                 }
             )
         return pd.DataFrame(table)
+
+
+@functools.lru_cache(maxsize=16)  # all arms of an experiment look at the same worlds
+def _world(seed: int, size: int, questions: int, language: str, hops: tuple) -> tuple[Source, Playground]:
+    source = of_seed(seed, size, questions, language=language, hops=hops)
+    return source, Playground(source.world)
