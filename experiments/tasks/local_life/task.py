@@ -68,8 +68,9 @@ class LocalLife(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("rounds", "questions", "max_result_tokens", "judge_tokens"):
+        for key in ("rounds", "max_result_tokens", "judge_tokens"):
             check_range(f"task.{key}", getattr(self, key), 1)
+        check_range("task.questions", self.questions, 0)
         if set(self.world_seeds) != set(SPLITS) or len(set(self.world_seeds.values())) < len(SPLITS):
             raise ConfigError(
                 "Each split needs a world of its own", where="task.world_seeds", got=self.world_seeds,
