@@ -48,7 +48,8 @@ def queries(world: World, count: int, seed: int = 0) -> dict[str, list[Query]]:
 
     table = world.merchants
     groups = table.groupby(["city", "business_area", "subcategory"], sort=False)["poi_id"].agg(frozenset)
-    kept = [(*key, ids) for key, ids in groups.items() if len(ids) >= 3]
+    found: Any = groups.items()
+    kept = [(*key, ids) for key, ids in found if len(ids) >= 3]
     chosen = random.Random(seed).sample(kept, min(count, len(kept)))
     synonyms = {kind.name.of(world.language): kind.synonyms[0].of(world.language) for kind in CATALOGUE.kinds}
     plain = [(f"{city} {area} {kind}", city, ids) for city, area, kind, ids in chosen]

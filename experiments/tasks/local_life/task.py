@@ -88,8 +88,7 @@ class LocalLife(Task):
         return self._grounds.setdefault(source.name, self._ground(source.world))
 
     def _ground(self, world: World) -> Playground:
-        stages = {"dense": self.dense, "rerank": self.rerank}
-        return Playground(world, retrieve=self.retrieve, show=self.show, **stages)
+        return Playground(world, retrieve=self.retrieve, show=self.show, dense=self.dense, rerank=self.rerank)
 
     def _source(self, split: str) -> Source:
         if split not in SPLITS:
