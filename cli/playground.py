@@ -24,9 +24,10 @@ def playground(
     \b
     Examples:
       assay playground
-      assay playground task.size=20000 task.world_seed=3 --port 9000
+      assay playground task.size=20000 --port 9000
       assay playground task.path=my_world/
       curl -s localhost:8731/health
+      assay playground 'task.world_seeds={train: 1, eval: 7, test: 3}'
       curl -s localhost:8731/search -H 'content-type: application/json' -d '{"query": "hotpot", "city": "CITY"}'
 
     Paths: POST /search, /detail, /web_search, /distance, /hours; GET /health. The world is that of `assay eval
@@ -36,7 +37,7 @@ def playground(
     from experiments.engines.build import instantiate
     from experiments.tasks.local_life import service
 
-    cfg = compose("eval", ["task=local_life", *(overrides or [])], config_dir or ())
+    cfg = compose("eval", ["task=local_life", "task.questions=0", *(overrides or [])], config_dir or ())
     tools = instantiate(cfg.task).playground(cfg.eval.split)
     app = service.make_app(tools, rate=rate, body=body)
     tools.prepare()

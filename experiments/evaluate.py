@@ -188,12 +188,13 @@ def _record_samples(writer: Any, rows: Sequence[Row], results: Sequence[Sequence
             writer.sample(
                 {"step": 0, "row_id": row.id, "group_id": row.id, "tier": row.tier, "prompt": row.prompt,
                  "completion": result.text, "tokens": [result.text], "advantages": [0.0],
-                 "rewards": {"score": next(scores)}, "finish": result.finish} | _turns(next(turns, []))
+                 "rewards": {"score": next(scores)}, "finish": result.finish} | _turns(row, next(turns, []))
             )  # fmt: skip
 
 
-def _turns(turns: list[dict]) -> dict[str, list[dict]]:
-    return {"turns": turns} if any(turn["result"] is not None for turn in turns) else {}
+def _turns(row: Row, turns: list[dict]) -> dict[str, Any]:
+    more = {"turns": turns, "reference": row.meta.get("reference")} if any(turn["text"] for turn in turns) else {}
+    return {key: value for key, value in more.items() if value is not None}
 
 
 def _tasks(cfg: DictConfig) -> dict[str, Task]:

@@ -205,6 +205,28 @@ def test_after_n_rounds_one_answer_is_forced(task, rows):
     assert found["redundant"] == pytest.approx(1 - (task.rounds + 1) / (2 * task.rounds))
 
 
+def test_in_token_ids_the_results_are_masked_and_the_last_round_is_told(task, rows):
+    from experiments.rollout import ToolLoop
+    from experiments.tokenizers import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer(chat=True)
+    end, row = tokenizer.eos_token_id, rows[0]
+
+    class Writer:
+        def write(self, appended, budget):
+            return {i: [*tokenizer("<rag>hotpot</rag>")["input_ids"], end] for i in appended}
+
+    prompts = [tokenizer("q")["input_ids"]] * 2
+    loop = ToolLoop(tokenizer, replace(task.tools, max_result_tokens=200), 10_000, {end}, ToolRunner())
+    for episode in loop.run(Writer(), prompts, [task.environment(row) for _ in prompts]):
+        assert len(episode.turns) == task.rounds + 1 and episode.turns[-1].result is None
+        told = tokenizer.decode([i for i, m in zip(episode.ids, episode.mask, strict=True) if not m])
+        wrote = [i for i, m in zip(episode.ids, episode.mask, strict=True) if m]
+        assert told.count("LocalRAG") == task.rounds and told.count(LAST["en"]) == 1 and "<rag>" not in told
+        assert tokenizer.decode(wrote, skip_special_tokens=True) == "<rag>hotpot</rag>" * (task.rounds + 1)
+        assert task.score(episode.trajectory(row, prompts[0], 0, 0).text, row) == 0
+
+
 def test_a_reply_without_a_call_ends_the_episode(task, rows):
     for reply in ("I do not know.", "<rag></rag>", "<rag>open"):
         engine, traj = run(task, rows[0], [reply])

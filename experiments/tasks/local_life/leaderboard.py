@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from methods.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from experiments.records import Run
 
 SCALES = {"correctness": 100.0, "completeness": 10.0, "fluency": 10.0, "faithfulness": 10.0, "safety": 10.0}
 """To per cent: correctness is 0 or 1, the others 0 to 10."""
@@ -66,6 +71,8 @@ def scored_rows(frame: pd.DataFrame) -> list[dict[str, float] | None]:
     """The rows of `aggregate` of an evaluation: the judge's scores where there is one, else the exact ones."""
     judged = "judge_failed" in frame
     names = {name: f"judge_{name}" if judged and name in SCALES else name for name in COLUMNS}
+    if not judged and "correctness" not in frame:
+        names["correctness"] = "score"
     rows: list[dict[str, float] | None] = []
     for record in frame.to_dict("records"):
         failed = record["finish"] == "error" or (judged and record["judge_failed"] == 1)
@@ -77,8 +84,12 @@ def splits(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The questions overall, by level (the tier) and by city (the item's id up to its first slash)."""
     parts = {"overall": frame}
     parts |= {str(level): part for level, part in frame.groupby("tier")}
-    cities = frame["item_id"].str.partition("/")[0]
-    return parts | {str(city): part for city, part in frame.groupby(cities)}
+    cities = frame["item_id"].map(city_of)
+    return parts | {str(city): part for city, part in frame.groupby(cities) if city}
+
+
+def city_of(item_id: str) -> str:
+    return item_id.partition("/")[0] if "/" in item_id else ""
 
 
 def lines(name: str, frame: pd.DataFrame, release_compat: bool = False) -> list[dict[str, Any]]:
@@ -96,7 +107,12 @@ def lines(name: str, frame: pd.DataFrame, release_compat: bool = False) -> list[
                 scores = [(blank if row is None else row).get(column) for row in rows]
                 known = [math.nan if v is None else SCALES.get(column, 1.0) * v for v in scores]
                 interval = stats.item_interval(known, items)
-                line |= {f"{column}.low": interval.low, f"{column}.high": interval.high}
+                low, high = interval.low, interval.high
+                if column == "correctness" and line[column] in (0.0, 100.0):
+                    # No resampling shows doubt here: the exact binomial bound.
+                    bound = 100 * 0.025 ** (1 / interval.items)
+                    low, high = (0.0, 100 - bound) if line[column] == 0 else (bound, 100.0)
+                line |= {f"{column}.low": low, f"{column}.high": high}
         found.append(line)
     return found
 
@@ -123,3 +139,82 @@ def cell(line: Mapping[str, Any], column: str) -> str:
 def escaped(text: Any) -> str:
     """A name in a Markdown table: no bars, nothing that a terminal obeys."""
     return "".join(c if c.isprintable() else "?" for c in str(text)).replace("|", "\\|")
+
+
+# ---------------------------------------------------------------- from a folder of records
+
+
+def build(targets: Sequence[str], root: str | Path = "results", release_compat: bool = False) -> Path:
+    """Writes leaderboard.md and local_life.html for the runs of task=local_life that `targets` name; prints the table.
+
+    Both go to `<root>/<experiment>/`; the path of the page is returned. Runs of one arm are put together. ConfigError
+    where no run of this task has been evaluated.
+    """
+    from experiments import browser, report
+    from experiments.files import new_folder, replace
+
+    runs, name = report.find(list(targets), root)
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.config.get("task", {}).get("name") == "local_life" and len(run.evals()):
+            arms.setdefault(str(run.run.get("arm")), []).append(run)
+    if not arms:
+        raise ConfigError(
+            "There is no evaluated run of task=local_life", where=", ".join(targets) or name, got=f"{len(runs)} runs",
+            fix="evaluate something first, for example: assay eval model=smollm2 task=local_life eval.items=20",
+        )  # fmt: skip
+    table = [line for arm, members in arms.items() for line in lines(arm, latest(members), release_compat)]
+    sources = sorted({source_of(run.config["task"], run.config["eval"]) for r in arms.values() for run in r})
+    note = f"Source: {'; '.join(sources)}. Numbers of a generated world or of an evidence corpus are not comparable "
+    note += "with the published leaderboard."
+    folder = Path(root) / name
+    text = "\n\n".join((f"# Leaderboard of {escaped(name)}", markdown(table), escaped(note))) + "\n"
+    with new_folder(folder):
+        replace(folder / "leaderboard.md", text.encode())
+        content = {
+            "columns": COLUMNS,
+            "counts": COUNTS,
+            "levels": sorted({line["split"] for line in table} & {"L3", "L4"}),
+            "lines": table,
+            "runs": [entry(arm, run) for arm, members in arms.items() for run in members],
+        }
+        page = browser.page(Path(__file__).with_name("page"), f"Local life: {name}", note, browser.embed(content))
+        replace(folder / "local_life.html", page.encode())
+    print(text)
+    return folder / "local_life.html"
+
+
+def latest(runs: Sequence[Run]) -> pd.DataFrame:
+    """The last evaluation of each run, one below the other."""
+    import pandas as pd
+
+    frames = [run.evals() for run in runs]
+    return pd.concat([frame[frame["step"] == frame["step"].max()] for frame in frames], ignore_index=True)
+
+
+def source_of(task: Mapping[str, Any], how: Mapping[str, Any]) -> str:
+    """Which world and corpus a run's questions are about."""
+    if task.get("path"):
+        return f"{task['path']}, corpus {task.get('corpus') or 'of its own folder or search paths'}"
+    seed = (task.get("world_seeds") or {}).get(how.get("split"))
+    return f"generated, seed {seed}, {task.get('size')} merchants, {task.get('cities')} cities, {task.get('language')}"
+
+
+def entry(arm: str, run: Run) -> dict[str, Any]:
+    """A run's transcripts for the page: those of its last recorded step."""
+    frame = latest([run])
+    metrics = [c for c in frame.columns if c not in ("step", "split", "item_id", "sample", "tier", "finish")]
+    values = {record["item_id"]: {c: record[c] for c in metrics} for record in frame.to_dict("records")}
+    samples = run.samples()
+    last = max((sample["step"] for sample in samples), default=0)
+    shown = []
+    for sample in (s for s in samples if s["step"] == last):
+        prompt = sample["prompt"]
+        question = prompt[-1]["content"] if isinstance(prompt, list) else str(prompt)
+        shown.append({
+            "id": sample["row_id"], "level": sample["tier"], "city": city_of(sample["row_id"]), "question": question,
+            "reference": sample.get("reference") or "", "score": (sample.get("rewards") or {}).get("score"),
+            "finish": sample["finish"], "turns": sample.get("turns"), "completion": sample["completion"],
+            "values": values.get(sample["row_id"], {}),
+        })  # fmt: skip
+    return {"name": f"{arm}, seed {run.run.get('seed')}", "samples": shown}

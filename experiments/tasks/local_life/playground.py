@@ -80,6 +80,8 @@ class Playground:
 
         LookupError for a city without an index.
         """
+        if city not in self.world.of_city:
+            raise LookupError(f"there is no city {city[:80]!r}; there are {', '.join(self.world.cities[:20])}")
         ranked = self.index.rank(query[:LONGEST], self.retrieve, city)
         if self.rerank and ranked:
             from experiments.dense import reranked

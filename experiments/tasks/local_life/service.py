@@ -99,8 +99,8 @@ def make_app(playground: Playground, *, rate: float = RATE, body: int = BODY) ->
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        said = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()[:5])
-        return reply(422, {"error": said})
+        said = [(".".join(part for part in e["loc"][1:] if isinstance(part, str)), e["msg"]) for e in error.errors()]
+        return reply(422, {"error": "; ".join(f"{where or 'body'}: {what}" for where, what in said[:5])})
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
@@ -219,7 +219,10 @@ def serve(app: FastAPI, host: str, port: int, started: Any = lambda url: None) -
         listening = socket.create_server((host, port), backlog=1024)
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            "The service cannot listen there", where=f"{host}:{port}", got=str(error), fix="choose another --port"
+            "The service cannot listen there",
+            where=f"{host}:{port}",
+            got=str(error).rstrip("."),
+            fix="choose another --port",
         ) from error
     with listening:
         started(f"http://{host}:{listening.getsockname()[1]}")

@@ -68,8 +68,9 @@ class LocalLife(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("rounds", "questions", "max_result_tokens", "judge_tokens"):
+        for key in ("rounds", "max_result_tokens", "judge_tokens"):
             check_range(f"task.{key}", getattr(self, key), 1)
+        check_range("task.questions", self.questions, 0)
         if set(self.world_seeds) != set(SPLITS) or len(set(self.world_seeds.values())) < len(SPLITS):
             raise ConfigError(
                 "Each split needs a world of its own", where="task.world_seeds", got=self.world_seeds,
@@ -87,8 +88,7 @@ class LocalLife(Task):
         return self._grounds.setdefault(source.name, self._ground(source.world))
 
     def _ground(self, world: World) -> Playground:
-        stages = {"dense": self.dense, "rerank": self.rerank}
-        return Playground(world, retrieve=self.retrieve, show=self.show, **stages)
+        return Playground(world, retrieve=self.retrieve, show=self.show, dense=self.dense, rerank=self.rerank)
 
     def _source(self, split: str) -> Source:
         if split not in SPLITS:
