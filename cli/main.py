@@ -24,6 +24,7 @@ COMMANDS = {
     "report": ("cli.report", "report", "Tables with intervals, plots and a sample browser from recorded runs."),
     "ls": ("cli.ls", "ls", "List methods, tasks, models, objectives, experiments, engines, suites."),
     "memory": ("cli.memory", "memory", "List what a graph memory has learned; merge, save, export and draw it."),
+    "playground": ("cli.playground", "playground", "Serve the tools of task=local_life over HTTP."),
     "doctor": ("cli.doctor", "doctor", "Check this machine and its installation."),
     "validate": ("cli.validate", "validate", "Check configuration files, also your own, against the contract."),
 }

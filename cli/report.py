@@ -27,6 +27,12 @@ def report(
     ] = None,
     power: Annotated[bool, typer.Option("--power", help="Also print the full power table.")] = False,
     browse: Annotated[bool, typer.Option("--browse", help="Only write samples.html and print its path.")] = False,
+    leaderboard: Annotated[
+        bool, typer.Option("--leaderboard", help="Only write the leaderboard of task=local_life and its page.")
+    ] = False,
+    release_compat: Annotated[
+        bool, typer.Option("--release-compat", help="With --leaderboard: failed verdicts count as zeros.")
+    ] = False,
     shift: Annotated[
         bool, typer.Option("--shift", help="Compare checkpoints token by token: BASE NEW [NEWER ...].")
     ] = False,
@@ -59,16 +65,23 @@ def report(
       assay report ha_dw_tiers --metric eval/score/hard --baseline grpo
       assay report results/raw/a/grpo/seed0 results/raw/b/grpo/seed0
       assay report results/raw/a/grpo/seed0 --browse   read its samples in a browser
+      assay report my_agents --leaderboard             LocalSearchBench's table, and each question's transcript
       assay report --shift start demo/grpo             what GRPO moved
       assay report --shift start my/sft my/sft_then_rl task.demo_noise=0
       assay report --shift base_model/ tuned_model/ --texts solutions.jsonl
     """
     _refuse_mixed(
-        shift, table=[baseline, metric, power, browse], shifts=[texts != "auto", items != ITEMS, reference, seed]
+        shift,
+        table=[baseline, metric, power, browse, leaderboard],
+        shifts=[texts != "auto", items != ITEMS, reference, seed],
     )
     if shift:
         how = {"texts": texts, "items": items, "references": reference or (), "seed": seed}
         path = _shift(targets or [], results_dir, config_dir or (), how)
+    elif leaderboard:
+        from experiments.tasks.local_life.leaderboard import build as board
+
+        path = board(targets or [], results_dir, release_compat)
     elif browse:
         from experiments.report import browse as browser
 
@@ -104,7 +117,9 @@ def _refuse_mixed(shift: bool, table: Sequence[Any], shifts: Sequence[Any]) -> N
     where = "assay report"
     if shift and any(table):
         fix = "leave them out, or --shift"
-        raise ConfigError("--baseline, --metric, --power and --browse do not go with --shift", where=where, fix=fix)
+        raise ConfigError(
+            "--baseline, --metric, --power, --browse and --leaderboard do not go with --shift", where=where, fix=fix
+        )
     if not shift and any(shifts):
         raise ConfigError("--texts, --items, --reference and --seed go with --shift", where=where, fix="add --shift")
 

@@ -45,8 +45,11 @@ def write(runs: Sequence[Run], path: Path, title: str, limit: int = LIMIT) -> Pa
 
 
 def page(template: Path, title: str, note: str, data: str) -> str:
-    """`template`.html filled in with `template`.js, the common style and `data`, a JSON text made by `embed`."""
-    style, script = (_HERE / "browser.css").read_text(), template.with_suffix(".js").read_text()
+    """`template`.html filled in with `template`.js, the common style, `template`.css where there is one, and `data`, a
+    JSON text made by `embed`."""
+    sheets = [_HERE / "browser.css", template.with_suffix(".css")]
+    style = "".join(dict.fromkeys(sheet.read_text() for sheet in sheets if sheet.is_file()))
+    script = template.with_suffix(".js").read_text()
     parts = {
         "SCRIPT_HASH": _digest(script),
         "STYLE_HASH": _digest(style),

@@ -53,6 +53,19 @@ def vectors(passages: Sequence[Passage], content: str, path: str, key: str = "ta
     return Vectors(folder / "vectors.npy", model)
 
 
+def reranked(path: str, query: str, texts: Sequence[str], key: str = "task") -> list[tuple[int, float]]:
+    """(position, score) of texts by a cross-encoder's score of query and text, best first, ties by position.
+
+    Scores are shifted so that the worst is 0. ConfigError if there is no such model.
+    """
+    import numpy as np
+
+    model = load_reranker(path, key)
+    with _lock:
+        scores = np.asarray(model.predict([(query, text) for text in texts], show_progress_bar=False), np.float32)
+    return [(int(i), float(scores[i] - scores.min())) for i in np.argsort(-scores, kind="stable")]
+
+
 def _identity(path: str) -> list:
     """What tells one model from another: the hub id, or the path with names, sizes and times of its files."""
     folder = Path(path).expanduser()
@@ -68,20 +81,29 @@ def load(path: str, key: str) -> Any:
 
 @functools.lru_cache(maxsize=2)
 def load_versioned(path: str, key: str) -> tuple[Any, str]:
+    return _loaded("SentenceTransformer", path, f"{key}.dense")
+
+
+@functools.lru_cache(maxsize=2)
+def load_reranker(path: str, key: str) -> Any:
+    return _loaded("CrossEncoder", path, f"{key}.rerank")[0]
+
+
+def _loaded(kind: str, path: str, where: str) -> tuple[Any, str]:
     try:
         import sentence_transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             "Dense retrieval needs the package sentence-transformers, which is not installed",
-            where=f"{key}.dense={path}",
-            fix=f"pip install 'assay[dense]', or set {key}.dense=null for BM25 alone",
+            where=f"{where}={path}",
+            fix=f"pip install 'assay[dense]', or set {where}=null for BM25 alone",
         ) from error
     try:
-        return sentence_transformers.SentenceTransformer(path), sentence_transformers.__version__
+        return getattr(sentence_transformers, kind)(path), sentence_transformers.__version__
     except Exception as error:  # no such folder, no network, a damaged model: each of its own kind
         raise ConfigError(
             "The embedding model could not be loaded",
-            where=f"{key}.dense={path}",
+            where=f"{where}={path}",
             got=first_line(error),
-            fix=f"set {key}.dense= to a folder or hub id of sentence-transformers, or null",
+            fix=f"set {where}= to a folder or hub id of sentence-transformers, or null",
         ) from error

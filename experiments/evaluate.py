@@ -172,6 +172,7 @@ def _hooked(cfg: DictConfig, engine: Any, name: str, task: Task, rows: list[Row]
     trajs, columns = hooked.rollouts(stack, ctx, engine, rows, how, None if tokenizer is None else ids)
     results = hooked.as_results(trajs, e.samples)
     frame = score_results(task, rows, results, split=name)
+    frame.attrs["turns"] = [[{"text": turn.text, "result": turn.result} for turn in t.turns] for t in trajs]
     return frame.assign(**columns), results
 
 
@@ -180,14 +181,20 @@ def _reasons(frames: Sequence[pd.DataFrame]) -> Iterator[str]:
 
 
 def _record_samples(writer: Any, rows: Sequence[Row], results: Sequence[Sequence[Result]], frame: pd.DataFrame) -> None:
-    scores = iter(frame["score"].tolist())
+    """One sample per completion; an episode with tools has its `turns`, each with the text and what it was told."""
+    scores, turns = iter(frame["score"].tolist()), iter(frame.attrs.get("turns", ()))
     for row, answers in zip(rows, results, strict=True):
         for result in answers:
             writer.sample(
                 {"step": 0, "row_id": row.id, "group_id": row.id, "tier": row.tier, "prompt": row.prompt,
                  "completion": result.text, "tokens": [result.text], "advantages": [0.0],
-                 "rewards": {"score": next(scores)}, "finish": result.finish}
+                 "rewards": {"score": next(scores)}, "finish": result.finish} | _turns(row, next(turns, []))
             )  # fmt: skip
+
+
+def _turns(row: Row, turns: list[dict]) -> dict[str, Any]:
+    more = {"turns": turns, "reference": row.meta.get("reference")} if any(turn["text"] for turn in turns) else {}
+    return {key: value for key, value in more.items() if value is not None}
 
 
 def _tasks(cfg: DictConfig) -> dict[str, Task]:

@@ -51,7 +51,7 @@ def rollouts(
             expected="one own rollout per item and sample, in order",
             fix="look at ctx.mode in prepare_rows and rollout",
         )
-    columns = [task.episode_metrics(t, t.row) for t in ctx.trajs] if draw is _episodes else []
+    columns = task.measure(ctx.trajs) if draw is _episodes else []
     own = {name: [c[name] for c in columns] for name in columns[0]} if columns else {}
     return ctx.trajs, own | stack.eval_metrics(ctx.trajs, ctx)
 

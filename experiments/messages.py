@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.engines.base import Request, Result
-from experiments.rollout import carry_out
+from experiments.rollout import carry_out, resolved
 from experiments.seeds import derive
 from experiments.tokenizers import plain_text
 from experiments.tools import Environment, ToolRunner, Tools, ToolText
@@ -60,7 +60,7 @@ class Conversation:
         self.text = result.text if result.finish == "length" else closed(result.text, tools.form)
         kind, calls = tools.read(self.text)
         start, written = self.turns[-1].end if self.turns else 0, result.usage.completion_tokens
-        self.turns.append(Turn(0, start, start + written, kind, calls))
+        self.turns.append(Turn(0, start, start + written, kind, calls, text=self.text))
         self.left -= max(written, 1)
         self.add("assistant", self.text)
         if kind == "answer" and result.finish == "stop":
@@ -97,7 +97,7 @@ def episodes(task: Any, rows: Sequence[Any], engine: Any, seeds: Sequence[int], 
         requests = [talks[i].request(plain, tools, seed=derive(seeds[i], "turn", turn), **how) for i in live]
         results = [r[0] for r in engine.generate(requests)]
         live = [i for i, result in zip(live, results, strict=True) if talks[i].record(result, tools)]
-        carry_out(runner, tools, [(talks[i].env, talks[i].turns[-1]) for i in live])
+        carry_out(runner, tools, [talks[i] for i in live])
         for i in live:
             talks[i].tell(talks[i].turns[-1].result or "", tools)
         turn += 1
@@ -106,4 +106,5 @@ def episodes(task: Any, rows: Sequence[Any], engine: Any, seeds: Sequence[int], 
 
 def trajectory(talk: Conversation, row: Any, group_id: int, sample_id: int) -> Trajectory:
     """The record that methods see, without ids; an error has the engine's reason as its text."""
-    return Trajectory(row.id, group_id, sample_id, [Segment([], [])], talk.turns, talk.finish, text=talk.text, row=row)
+    text = talk.text if talk.finish == "error" else resolved(talk.env, talk.text)
+    return Trajectory(row.id, group_id, sample_id, [Segment([], [])], talk.turns, talk.finish, text=text, row=row)

@@ -42,7 +42,7 @@ class Episode:
             segments=[Segment(prompt_ids, self.ids, model_mask=self.mask)],
             turns=self.turns,
             finish=self.finish,
-            text=self.texts[-1],
+            text=resolved(self.env, self.texts[-1]),
             row=row,
         )
 
@@ -88,7 +88,7 @@ class ToolLoop:
         """Records a turn of the model; whether the episode waits for results."""
         kind, calls = self.tools.read(text)
         cut = not ids or (ids[-1] not in self.ends and not any(s in text for s in self.tools.form.stop))
-        episode.turns.append(Turn(0, len(episode.ids), len(episode.ids) + len(ids), kind, calls))
+        episode.turns.append(Turn(0, len(episode.ids), len(episode.ids) + len(ids), kind, calls, text=text))
         episode.add(ids, by_model=True)
         episode.texts.append(text)
         if not episode.ids:  # nothing could be written; a completion has at least one id
@@ -98,7 +98,7 @@ class ToolLoop:
 
     def _answer(self, episodes: list[Episode], going_on: list[int]) -> dict[int, list[int]]:
         """Carries out all calls of this round; the ids that follow, for the episodes that have room to go on."""
-        carry_out(self.runner, self.tools, [(episodes[i].env, episodes[i].turns[-1]) for i in going_on])
+        carry_out(self.runner, self.tools, [episodes[i] for i in going_on])
         shown = self.result_ids([episodes[i].turns[-1].result or "" for i in going_on], self.tools.max_result_tokens)
         appended = {}
         for i, ids in zip(going_on, shown, strict=True):
@@ -108,11 +108,28 @@ class ToolLoop:
         return appended
 
 
-def carry_out(runner: ToolRunner, tools: Tools, waiting: Sequence[tuple[Environment, Turn]]) -> None:
-    """Sets each turn's `result`: those of its calls, line by line, or the notice that it was no answer."""
-    results = iter(runner([(env, call) for env, turn in waiting for call in turn.calls]))
-    for _, turn in waiting:
-        turn.result = "\n".join(next(results) for _ in turn.calls) if turn.calls else tools.notice
+class Talk(Protocol):
+    """What `carry_out` needs of an episode."""
+
+    env: Environment
+    turns: list[Turn]
+
+
+def carry_out(runner: ToolRunner, tools: Tools, waiting: Sequence[Talk]) -> None:
+    """Sets the `result` of each episode's latest turn: those of its calls, line by line, or the notice that it was no
+    answer. What is said before the last results comes first, where no cut can lose it."""
+    results = iter(runner([(talk.env, call) for talk in waiting for call in talk.turns[-1].calls]))
+    for talk in waiting:
+        turn = talk.turns[-1]
+        shown = [next(results) for _ in turn.calls] or [tools.notice]
+        last = [tools.last] if tools.last and len(talk.turns) == tools.max_calls else []
+        turn.result = "\n".join(last + shown)
+
+
+def resolved(env: Environment, text: str) -> str:
+    """What the verifier reads of an episode's last turn."""
+    resolve = getattr(env, "resolve", None)
+    return resolve(text) if resolve else text
 
 
 def episodes(

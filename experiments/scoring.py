@@ -120,8 +120,9 @@ def summarise(frame: pd.DataFrame, ks: Sequence[int] = (1,)) -> dict[str, float]
     `score` and `score/<tier>`: mean of item means (that is avg@samples, also given as `avg@<n>` if all items have
     n > 1 samples). `pass@<k>` for k in `ks`: unbiased, over the items with at least k scored samples. `length` in
     tokens. `truncated`: share of scored completions that hit the budget. `errors`: share of completions that could not
-    be had; these enter nothing else. `items`: items with a score. Further columns: their means. Where every item
-    scores 0 (or 1) no resampling shows doubt, and the exact binomial bound is given.
+    be had; these enter nothing else. `items`: items with a completion. Further columns: their means; one without any
+    value is left out. An item whose score is NaN, because nothing here can score it, counts in no score. Where every
+    item scores 0 (or 1) no resampling shows doubt, and the exact binomial bound is given.
     """
     from experiments import stats
     from experiments.tasks.base import tier_order
@@ -134,7 +135,8 @@ def summarise(frame: pd.DataFrame, ks: Sequence[int] = (1,)) -> dict[str, float]
         for tier in tier_order(scored["tier"], ("easy", "medium", "hard")):
             part = scored[scored["tier"] == tier]
             values |= _with_interval(f"score/{tier}", part["score"], items[part.index])
-    counts = (scored["score"] >= SOLVED).groupby(items).agg(["size", "sum"])
+    known = scored["score"].notna()
+    counts = (scored["score"][known] >= SOLVED).groupby(items[known]).agg(["size", "sum"])
     most = int(counts["size"].min()) if len(counts) else 0
     if most > 1 and most == counts["size"].max():
         values[f"avg@{most}"] = values["score"]
@@ -147,7 +149,7 @@ def summarise(frame: pd.DataFrame, ks: Sequence[int] = (1,)) -> dict[str, float]
     values |= _with_interval("truncated", scored["finish"] == "length", items)
     values["errors"] = Counter(frame["finish"])["error"] / len(frame) if len(frame) else 0.0
     for column in frame.columns:
-        if column not in (*COLUMNS, "step"):
+        if column not in (*COLUMNS, "step") and scored[column].notna().any():
             values |= _with_interval(column, scored[column], items)
     return values
 

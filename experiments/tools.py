@@ -17,7 +17,11 @@ Call = dict[str, Any]
 
 
 class Environment(Protocol):
-    """What one rollout acts on; made anew for each rollout by `task.environment(row)`."""
+    """What one rollout acts on; made anew for each rollout by `task.environment(row)`.
+
+    It may have a method `resolve(text) -> str`: what the verifier reads in place of the last turn, where that refers to
+    what the tools have shown.
+    """
 
     tools: Mapping[str, Callable[..., str]]
 
@@ -71,6 +75,7 @@ class Tools:
     (None: what is left of the completion). max_result_tokens: what is shown of one result. timeout: seconds for one
     call (None: tools are trusted to return). answer: a regular expression that a turn without a call must hold to
     count as an answer; any other turn is told `notice` and the episode goes on (None: every such turn is the answer).
+    last: said before the results of the last tool turn, so that the model knows that an answer must follow.
     """
 
     form: ToolText
@@ -80,6 +85,7 @@ class Tools:
     timeout: float | None = None
     answer: str | None = None
     notice: str = ""
+    last: str = ""
 
     def read(self, text: str) -> tuple[str, list[Call | None]]:
         """What a turn is (call, answer or invalid) and its calls."""

@@ -35,6 +35,7 @@ class Turn:
     calls: list[Any] = field(default_factory=list)  # parsed calls; unparsable ones stay as None
     result: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    text: str = ""  # what the model wrote, where an episode with tools was run
 
 
 @dataclass

@@ -95,6 +95,10 @@ class Task:
         """Further named values of one rollout with tools, from its turns; every row of a task gives the same names."""
         return {}
 
+    def measure(self, trajs: Sequence[Trajectory]) -> list[dict[str, float]]:
+        """`episode_metrics` of all rollouts of an evaluation; a task that asks a judge about them asks together."""
+        return [self.episode_metrics(traj, traj.row) for traj in trajs]
+
 
 def plain(value: Any) -> Any:
     """Lists and dicts in place of OmegaConf containers; any other value unchanged."""

@@ -182,8 +182,8 @@ class Lookup:
     def environment(self, row):
         return SimpleNamespace(tools={"search": lambda query: f"{query} is 123456789"})
 
-    def episode_metrics(self, traj, row):
-        return {"searches": float(sum(t.result is not None for t in traj.turns))}
+    def measure(self, trajs):
+        return [{"searches": float(sum(t.result is not None for t in traj.turns))} for traj in trajs]
 
 
 def evaluated(engine, task, script, max_tokens=500):
