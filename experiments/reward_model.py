@@ -16,7 +16,7 @@ from experiments.engines.scores import ScoreEngine, as_request, conversation_ids
 from experiments.scoring import score_results
 from experiments.sft import Batches, SFTSettings, arguments, costs_callback, fit, lay_out, untouched_random_state
 from experiments.tasks.base import Row
-from experiments.weights import find_init
+from experiments.weights import find_init, quiet_unless_watched
 from methods.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def classifier(loaded: LoadedModel, seed: int) -> LoadedModel:
     place, level = str(loaded.path or loaded.model.config._name_or_path), logging.get_verbosity()
     logging.set_verbosity_error()  # the head is new and is meant to be
     try:
-        with untouched_random_state():
+        with untouched_random_state(), quiet_unless_watched():
             torch.manual_seed(seed % 2**63)
             model: Any = AutoModelForSequenceClassification.from_pretrained(
                 place, num_labels=1, dtype=loaded.model.dtype, use_safetensors=True, trust_remote_code=False
