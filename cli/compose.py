@@ -292,7 +292,14 @@ def _check_value(override: Override, defaults: DictConfig, known: dict[str, dict
     node, is_open = _find(key, defaults, known)
     if node is not None:
         _check_type(key, override, node)
-    return is_open
+    return is_open or (_is_empty(node) and key not in known)
+
+
+def _is_empty(node: Any) -> bool:
+    """Whether a default is an empty section, which takes any keys."""
+    from omegaconf import DictConfig as Section
+
+    return isinstance(node, Section) and not _is_special(node) and len(node) == 0
 
 
 def _find(key: str, defaults: DictConfig, known: dict[str, dict[str, Path]]) -> tuple[Any, bool]:
@@ -338,6 +345,12 @@ def _check_type(key: str, override: Override, node: Any) -> None:
     value = override.value()
     if isinstance(node, Container):
         switched_off = value is None and "." in key  # such as model.warm_start=null
+        if _is_empty(node) and "." in key and not isinstance(value, dict) and not switched_off:
+            raise ConfigError(
+                f"{key} is a section",
+                where=str(override.input_line),
+                expected=f"keys and values, as in '{key}={{a: 1}}'",
+            )
         if isinstance(node, Section) and len(node) and not isinstance(value, dict) and not switched_off:
             keys = ", ".join(f"{key}.{name}" for name in list(node)[:6])
             where = str(override.input_line)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from cli.train import report, show
-from cli.words import ConfigDir, Overrides
-from methods.errors import ConfigError
+from cli.words import ConfigDir, Multirun, Overrides, ShowJob
 
 if TYPE_CHECKING:
     from cli.launch import Plan
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
 
 def eval_(
     overrides: Overrides = None,
-    multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Sweep: one run per combination.")] = False,
-    cfg: Annotated[str | None, typer.Option(metavar="job", help="Print the resolved configuration and stop.")] = None,
+    multirun: Multirun = False,
+    cfg: ShowJob = None,
     config_dir: ConfigDir = None,
 ) -> None:
     """Score a model, a checkpoint or an endpoint on a task or suite.
@@ -40,9 +39,7 @@ def eval_(
 
     line, dirs = list(overrides or []), config_dir or ()
     if cfg is not None:
-        if cfg != "job":
-            raise ConfigError("--cfg shows the configuration of the job", got=cfg, expected="job")
-        show(launch.plan("eval", line, multirun=multirun, config_dirs=dirs))
+        show("eval", cfg, line, multirun, dirs)
         return
     from experiments import evaluate
 

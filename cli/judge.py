@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
 from cli.train import report, show
-from cli.words import ConfigDir, Overrides
-from methods.errors import ConfigError
+from cli.words import ConfigDir, Multirun, Overrides, ShowJob
 
 
 def judge(
     overrides: Overrides = None,
-    multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Sweep: one run per combination.")] = False,
-    cfg: Annotated[str | None, typer.Option(metavar="job", help="Print the resolved configuration and stop.")] = None,
+    multirun: Multirun = False,
+    cfg: ShowJob = None,
     config_dir: ConfigDir = None,
 ) -> None:
     """Judge pairs of answers, directly or by rubrics (CDRRM), and score judges on their benchmarks.
@@ -26,7 +23,8 @@ def judge(
           model=smollm2 judge.by.max_tokens=64 engine.batch_size=8
       assay judge judge=cdrrm engine=openai engine.url=http://localhost:8000/v1 engine.concurrency=32 \\
           benchmark=rm_bench benchmark.path=rm_bench.jsonl.gz
-      assay judge judge=reward_model judge.by.model=my/reward-model benchmark=rmb benchmark.path=RMB_dataset
+      assay judge judge=reward_model judge.by.model=RUN benchmark=rmb benchmark.path=RMB_dataset
+      assay train objective=reward_model task=jsonl task.answer_column=chosen task.path=pairs.jsonl model=smollm2
       assay judge judge.step=filter benchmark=pairs benchmark.path=pairs.jsonl engine=openai engine.url=URL
       assay train objective=sft task=judge_rows task.path=.../generator_sft.jsonl model=hf model.path=Qwen/Qwen3-8B
       assay judge judge=cdrrm_generator judge.by.generator=RUN benchmark=rewardbench
@@ -47,9 +45,7 @@ def judge(
 
     line, dirs = list(overrides or []), config_dir or ()
     if cfg is not None:
-        if cfg != "job":
-            raise ConfigError("--cfg shows the configuration of the job", got=cfg, expected="job")
-        show(launch.plan("judge", line, multirun=multirun, config_dirs=dirs))
+        show("judge", cfg, line, multirun, dirs)
         return
     from experiments.judging import run
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from cli.words import ConfigDir, Overrides
+from cli.words import ConfigDir, Overrides, ShowJob
 from methods.errors import ConfigError
 
 
 def synth_data(
     overrides: Overrides = None,
-    cfg: Annotated[str | None, typer.Option(metavar="job", help="Print the resolved configuration and stop.")] = None,
+    cfg: ShowJob = None,
     config_dir: ConfigDir = None,
 ) -> None:
     """Synthesise tool-calling conversations from (question, golden context, answer) triples.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.words import ConfigDir, Overrides
+from cli.words import ConfigDir, Multirun, Overrides, ShowJob
 from methods.errors import ConfigError, RecordError
 
 if TYPE_CHECKING:
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 
 def train(
     overrides: Overrides = None,
-    multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Sweep: one run per combination.")] = False,
+    multirun: Multirun = False,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run's own configuration.")] = None,
-    cfg: Annotated[str | None, typer.Option(metavar="job", help="Print the resolved configuration and stop.")] = None,
+    cfg: ShowJob = None,
     config_dir: ConfigDir = None,
 ) -> None:
     """Train one run, a sweep, or a whole experiment.
@@ -43,13 +44,10 @@ def train(
     if resume is not None:
         typer.echo(_resume(resume, line))
         return
-    from cli import launch
-
     if cfg is not None:
-        if cfg != "job":
-            raise ConfigError("--cfg shows the configuration of the job", got=cfg, expected="job")
-        show(launch.plan("train", line, multirun=multirun, config_dirs=config_dir or ()))
+        show("train", cfg, line, multirun, config_dir or ())
         return
+    from cli import launch
     from experiments.run import check
 
     plan = launch.plan("train", line, multirun=multirun, config_dirs=config_dir or (), check=check)
@@ -95,10 +93,15 @@ def _resume(run: Path, line: list[str]) -> Path:
     return Path(start(cfg))  # type: ignore[arg-type]
 
 
-def show(plan: Plan) -> None:
-    """Print the resolved configuration of every job, as `--cfg job` asks for."""
+def show(command: str, what: str, line: list[str], multirun: bool = False, dirs: Sequence[Path] = ()) -> None:
+    """Print the resolved configuration of every job of the line, as `--cfg job` asks for. ConfigError for others."""
     from omegaconf import OmegaConf
 
+    from cli import launch
+
+    if what != "job":
+        raise ConfigError("--cfg shows the configuration of the job", got=what, expected="job")
+    plan = launch.plan(command, line, multirun=multirun, config_dirs=dirs)
     for job in plan.jobs:
         if len(plan.jobs) > 1:
             typer.echo(f"--- # {job.label}")

@@ -11,6 +11,8 @@ ConfigDir = Annotated[
     list[Path] | None,
     typer.Option("--config-dir", help="Your own YAML files, in a folder laid out like conf/; may be repeated."),
 ]
+ShowJob = Annotated[str | None, typer.Option(metavar="job", help="Print the resolved configuration and stop.")]
+Multirun = Annotated[bool, typer.Option("-m", "--multirun", help="Sweep: one run per combination.")]
 
 
 def complete_override(ctx: Any, incomplete: str) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 from experiments.artefacts import artefact, digest
 from experiments.seeds import derive
 from experiments.sft import SFTSettings, train_sft, untouched_random_state
+from experiments.tasks.base import Task
 from experiments.tokenizers import tiny_tokenizer
 from experiments.weights import LoadedModel, export, find_init, open_model, quiet_unless_watched, set_eos
 from methods.errors import ConfigError, nearest
@@ -80,6 +81,11 @@ class Tiny:
             loaded = open_model(folder, self.name, dtype="float32", folder=folder)
             _refuse_other_symbols(loaded, task)
             return loaded
+        if task is None or (self.warm_start is not None and type(task).rows is Task.rows):
+            raise ConfigError(
+                "model=tiny learns from the rows of a task, and here is none", where="model", got="tiny",
+                fix="choose model=smollm2, model=hf model.path=FOLDER, or model.init=RUN",
+            )  # fmt: skip
         key, rows, warm = self._key(task, seed)
         folder = artefact("tiny", key, lambda target: self._build(target, key, rows, warm))
         loaded = open_model(folder, f"{self.name}-{digest(key)[:8]}", dtype="float32", folder=folder)

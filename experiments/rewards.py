@@ -41,9 +41,10 @@ class RewardSpec:
 def build(cfg_reward: Sequence[Mapping[str, Any]], task: Task) -> list[RewardSpec]:
     """The reward list of `reward:` in a config, in its order.
 
-    An entry has `name`, `function` (`task`, `length`, `metric`, `thinking`, `rubric`, or `file.py:function`; default:
-    its name), `weight` (1), `role` (`outcome`) and `kwargs` for the function. Raises ConfigError for an empty list,
-    unknown keys, functions or roles, a weight that is no finite number, and for names used twice.
+    An entry has `name`, `function` (`task`, `length`, `metric`, `thinking`, `rubric`, `reward_model`, or
+    `file.py:function`; default: its name), `weight` (1), `role` (`outcome`) and `kwargs` for the function.
+    Raises ConfigError for an empty list, unknown keys, functions or roles, a weight that is no finite number, and for
+    names used twice.
     """
     entries = plain(cfg_reward)
     if not isinstance(entries, list) or not entries:
@@ -99,7 +100,8 @@ def _spec(entry: Any, where: str, task: Task) -> RewardSpec:
 def _function(function: str, kwargs: dict, where: str, task: Task) -> RewardFn:
     if ":" in function:
         return checked(load_function(function, kwargs), function, kwargs)
-    builtin = {"task": _task, "length": _length, "metric": _metric, "thinking": _thinking, "rubric": _rubric}
+    builtin = {"task": _task, "length": _length, "metric": _metric, "thinking": _thinking, "rubric": _rubric,
+               "reward_model": _reward_model}  # fmt: skip
     if function not in builtin:
         raise ConfigError(
             f"Unknown reward function '{function}'",
@@ -150,6 +152,13 @@ def _rubric(task: Task, **kwargs: Any) -> RewardFn:
     from experiments.rubric_reward import RubricReward
 
     return RubricReward(**kwargs)
+
+
+def _reward_model(task: Task, **kwargs: Any) -> RewardFn:
+    """The scores of a trained reward model (`experiments.reward_model.reward`)."""
+    from experiments.reward_model import reward
+
+    return reward(**kwargs)  # type: ignore[return-value]
 
 
 def _metric(task: Task, key: str) -> RewardFn:

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.engines.base import Engine
 from experiments.judging.asking import Asker
+from experiments.judging.judges import LETTER, VERDICT, first_word
 from experiments.tasks.base import Row
 from methods.cdrrm import prompts
 from methods.cdrrm.parsing import Rejected, parse_json, winner
@@ -29,15 +30,17 @@ class RubricReward:
 
     mode: `pointwise` grades each answer on the row's rubric, r = .8 mean of hard rules + .2 mean of principles;
     `tournament` lets each two answers of a group meet in both orders, r_i = mean credit of i, G (G - 1) calls. engine:
-    an engine's keys with its `_target_`, as in conf/engine. max_tokens: longest grading or judgment. The rubric is the
-    column `rubric` of the data (JSON, as rubrics.jsonl has it); a tournament without one asks directly.
+    an engine's keys with its `_target_`, as in conf/engine; one that needs a live model has the keys of a file in
+    conf/model under `model`. max_tokens: longest grading or judgment. analysis: let the judge of a tournament reason
+    first; false begins its answer with the verdict line, so that it writes the letter only. The rubric is the column
+    `rubric` of the data (JSON, as rubrics.jsonl has it); a tournament without one asks directly.
     Degenerate: a grading that is cut off or cannot be read is None (no reward there, never 0); an unreadable verdict
     counts 1/2, as do two equal answers, about which nobody is asked. Raises ConfigError for a group of more than eight
     answers, DataError for a row without a valid rubric.
     """
 
     def __init__(self, mode: str = "pointwise", engine: Mapping[str, Any] | Engine | None = None,
-                 max_tokens: int = 2048, alpha: float = ALPHA) -> None:  # fmt: skip
+                 max_tokens: int = 2048, alpha: float = ALPHA, analysis: bool = True) -> None:  # fmt: skip
         if mode not in MODES:
             raise ConfigError("Unknown mode", where="reward rubric: mode", got=mode, expected=", ".join(MODES))
         if engine is None:
@@ -45,7 +48,10 @@ class RubricReward:
         check_range("reward rubric: max_tokens", max_tokens, 1)
         check_range("reward rubric: alpha", alpha, 0.0, 1.0)
         self.mode, self.alpha = mode, alpha
-        self.asker = Asker(_built(engine) if isinstance(engine, Mapping) else engine, max_tokens)
+        self.begun = VERDICT if mode == "tournament" and not analysis else ""
+        self.asker = Asker(
+            _built(engine) if isinstance(engine, Mapping) else engine, LETTER if self.begun else max_tokens
+        )
 
     def __call__(self, texts: Sequence[str], rows: Sequence[Row]) -> list[float | None]:
         groups = list(_groups(texts, rows))
@@ -76,13 +82,16 @@ class RubricReward:
         places = range(len(answers))
         meets = [(i, j) for i in places for j in places if i != j and answers[i] != answers[j]]
         asked = [prompts.judging(row.prompt, answers[i], answers[j], rubric) for i, j in meets]
-        said = [winner(result.text) for result in self.asker.ask(asked)] if asked else []
+        said = [winner(self._whole(result.text)) for result in self.asker.ask(asked, self.begun)] if asked else []
         W_GG = np.full((len(answers), len(answers)), 0.5)
         votes = {pair: slot for pair, slot in zip(meets, said, strict=True)}
         for i, j in meets:
             one, back = votes[i, j], votes[j, i]
             W_GG[i, j] = 1.0 if (one, back) == (0, 1) else 0.0 if (one, back) == (1, 0) else 0.5
         return tournament(W_GG).tolist()
+
+    def _whole(self, text: str) -> str:
+        return self.begun + first_word(text) if self.begun else text
 
 
 def rubric_of(row: Row) -> Rubric:
@@ -105,9 +114,19 @@ def _groups(texts: Sequence[str], rows: Sequence[Row]) -> Iterator[tuple[Row, li
 
 
 def _built(node: Mapping[str, Any]) -> Engine:
-    from experiments.artefacts import cache_root, digest
-    from experiments.engines.build import instantiate
-    from experiments.engines.cache import CachedEngine
+    """The engine of `node` behind the cache. Raises ConfigError."""
+    from omegaconf import OmegaConf
 
-    engine = instantiate(node)
-    return CachedEngine(engine, cache_root() / "requests" / digest(engine.identity())[:20])
+    from experiments.engines.build import build_engine, engine_factory
+    from experiments.tasks.base import Task
+
+    engine = dict(node)
+    model = engine.pop("model") if isinstance(engine.get("model"), Mapping) else {}
+    cfg = OmegaConf.create({"engine": engine, "model": model, "seed": 0, "results_dir": "results"})
+    if engine_factory(cfg).func.needs == "model" and not model:
+        raise ConfigError(
+            "This engine runs a model, and none is named", where="reward rubric: engine.model",
+            got=engine.get("model"), expected="the keys of a file in conf/model with its _target_",
+            fix="see reward=rubric_local",
+        )  # fmt: skip
+    return build_engine(cfg, Task(name="judge"))

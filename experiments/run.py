@@ -72,16 +72,15 @@ def build_stack(cfg: DictConfig):
 
 
 def is_supervised(cfg: DictConfig) -> bool:
-    return cfg.objective.get("trainer", "grpo") == "sft"
+    return cfg.objective.get("trainer", "grpo") in ("sft", "reward")
 
 
 def check(cfg: DictConfig) -> None:
     """Everything that can be refused without loading a model; the command line calls it for every run of a sweep."""
     if is_supervised(cfg):
         if cfg.method:
-            raise ConfigError(
-                "methods hook into RL; sft has none", where="method", got=list(cfg.method), fix="method=[]"
-            )
+            what = f"methods hook into RL; objective.trainer={cfg.objective.trainer} has none"
+            raise ConfigError(what, where="method", got=list(cfg.method), fix="method=[]")
         batching.log_every(cfg, period=1)
         return
     batches = batching.plan(cfg.trainer)

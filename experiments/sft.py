@@ -100,8 +100,6 @@ def make_batches(rows: Sequence[Any], loaded: LoadedModel, cfg: SFTSettings, see
 
     Every epoch is a fresh permutation that depends on `seed` only. DataError if nothing is left to train on.
     """
-    import datasets
-
     encoded = [encode(row, loaded) for row in rows]
     truncated = sum(len(e["input_ids"]) > cfg.max_length for e in encoded)
     encoded = [{k: v[: cfg.max_length] for k, v in e.items()} for e in encoded]
@@ -112,16 +110,24 @@ def make_batches(rows: Sequence[Any], loaded: LoadedModel, cfg: SFTSettings, see
             got=f"{len(rows)} rows, {truncated} of them longer than max_length={cfg.max_length}",
             expected="at least one row with a trained token",
         )
+    # The first position has no prediction, so its label costs and teaches nothing.
+    trained = [sum(label != IGNORED for label in e["labels"][1:]) for e in encoded]
+    return lay_out(encoded, trained, [len(e["input_ids"]) for e in encoded], truncated, cfg, seed)
+
+
+def lay_out(
+    encoded: list[dict], trained: list[int], forwarded: list[int], truncated: int, cfg: SFTSettings, seed: int
+) -> Batches:
+    """The rows in training order for all steps; `trained` and `forwarded` are their tokens."""
+    import datasets
+
     total = cfg.total_steps(len(encoded)) * cfg.batch_size
     rng = np.random.default_rng(seed)
     epochs = -(-total // len(encoded))
     order = np.concatenate([rng.permutation(len(encoded)) for _ in range(epochs)])[:total]
-    # The first position has no prediction, so its label costs and teaches nothing.
-    trained = np.array([sum(label != IGNORED for label in e["labels"][1:]) for e in encoded])
-    forwarded = np.array([len(e["input_ids"]) for e in encoded])
 
-    def cumulative(per_row: np.ndarray) -> list[int]:
-        return [0, *per_row[order].reshape(-1, cfg.batch_size).sum(1).cumsum().tolist()]
+    def cumulative(per_row: list[int]) -> list[int]:
+        return [0, *np.array(per_row)[order].reshape(-1, cfg.batch_size).sum(1).cumsum().tolist()]
 
     dataset = datasets.Dataset.from_list(encoded).select(order)
     return Batches(dataset, cumulative(trained), cumulative(forwarded), truncated)
@@ -155,21 +161,29 @@ def train_sft(
 
 
 def _train(loaded, rows, cfg, output_dir, seed, callbacks, progress, resume) -> dict[str, float]:
-    from transformers import PrinterCallback
+    from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     batches = make_batches(rows, loaded, cfg, seed)
     steps = len(batches.trained_tokens) - 1
-    own = [_costs_callback(batches)]
+    own = [costs_callback(batches)]
     if progress:
         own.append(_progress_callback(progress if isinstance(progress, str) else "fine-tuning", steps))
+    prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}}
     trainer = SFTTrainer(
         model=loaded.model,
-        args=_arguments(cfg, steps, output_dir, seed),
+        args=arguments(SFTConfig, cfg, steps, output_dir, seed, **prepared),
         train_dataset=batches.dataset,
         processing_class=loaded.tokenizer,
         callbacks=[*own, *callbacks],
     )
+    return fit(trainer, batches, resume)
+
+
+def fit(trainer: Any, batches: Batches, resume: str | Path | None) -> dict[str, float]:
+    """Run a trainer of TRL's over its batches; what `train_sft` returns."""
+    from transformers import PrinterCallback
+
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to results
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -184,9 +198,9 @@ def _train(loaded, rows, cfg, output_dir, seed, callbacks, progress, resume) -> 
     }
 
 
-def _arguments(cfg: SFTSettings, steps: int, output_dir: Path, seed: int) -> Any:
+def arguments(kind: Any, cfg: SFTSettings, steps: int, output_dir: Path, seed: int, **more: Any) -> Any:
+    """The training arguments of class `kind`, TRL's SFTConfig or RewardConfig."""
     import torch
-    from trl.trainer.sft_config import SFTConfig
 
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     per_device = cfg.rows_per_device or max(1, cfg.batch_size // devices)
@@ -198,7 +212,7 @@ def _arguments(cfg: SFTSettings, steps: int, output_dir: Path, seed: int) -> Any
         )
     with warnings.catch_warnings():  # transformers warns about a default of TRL's own
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing")
-        return SFTConfig(
+        return kind(
             output_dir=str(output_dir),
             max_steps=steps,
             per_device_train_batch_size=per_device,
@@ -219,14 +233,14 @@ def _arguments(cfg: SFTSettings, steps: int, output_dir: Path, seed: int) -> Any
             logging_nan_inf_filter=False,  # it would replace a NaN by the mean of the losses before it
             save_strategy="steps" if cfg.save_steps else "no",
             save_steps=cfg.save_steps or 500,
-            dataset_kwargs={"skip_prepare_dataset": True},
             dataloader_pin_memory=False,
             disable_tqdm=True,
             report_to="none",
+            **more,
         )
 
 
-def _costs_callback(batches: Batches) -> Any:
+def costs_callback(batches: Batches) -> Any:
     from transformers import TrainerCallback
 
     class Costs(TrainerCallback):

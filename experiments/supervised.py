@@ -1,4 +1,4 @@
-"""objective=sft: a supervised run with the same record, resume and report as a reinforcement-learning run."""
+"""objective=sft and reward_model: supervised runs with the record, resume and report of any other run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.seeds import derive
 
 
 def settings(cfg: DictConfig):
-    """SFTSettings from the trainer's words: a step trains on prompts_per_step demonstrations."""
+    """SFTSettings from the trainer's words: a step trains on prompts_per_step demonstrations or pairs."""
     from experiments.run import device_arguments
     from experiments.sft import SFTSettings
 
@@ -33,16 +33,17 @@ def settings(cfg: DictConfig):
 
 
 def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list, stop) -> None:
-    """Fine-tunes on the rows' demonstrations and records the run; resumable at every saved step."""
+    """Fine-tunes on the rows' demonstrations or pairs and records the run; resumable at every saved step."""
     from experiments import run as running
     from experiments.progress import Progress
     from experiments.recorder import Recorder
-    from experiments.sft import train_sft
     from experiments.weights import load_weights
 
-    sft, rows = settings(cfg), demonstrated(rows, cfg.objective.train_mistakes)
-    measure = _measure(cfg, task, loaded, writer.path)
-    with Progress(writer.path, f"one step = {sft.batch_size} demonstrations") as progress:
+    sft, what = settings(cfg), "pairs" if cfg.objective.trainer == "reward" else "demonstrations"
+    loaded, fit, measure = (_reward if cfg.objective.trainer == "reward" else _sft)(
+        cfg, task, loaded, rows, writer.path
+    )
+    with Progress(writer.path, f"one step = {sft.batch_size} {what}") as progress:
         recorder = Recorder(
             writer,
             state=dict,
@@ -58,9 +59,7 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
         seed = derive(cfg.seed, "train")
         folder = writer.path / "checkpoints"
         if recorder.step < cfg.trainer.max_steps:
-            train_sft(
-                loaded, rows, sft, output_dir=folder, seed=seed, callbacks=[recorder], progress=False, resume=resume
-            )
+            fit(sft, output_dir=folder, seed=seed, callbacks=[recorder], resume=resume)
         else:  # killed between the last checkpoint and the summary: nothing is left to train
             load_weights(loaded.model, str(resume))
     if stop.received is not None and recorder.step < cfg.trainer.max_steps:
@@ -68,6 +67,26 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
     kinds = ("trained_tokens", "forwarded_tokens", "generated_tokens", "judge_calls")
     cost = {k: recorder.last_logs.get(f"cost/{k}", 0) for k in kinds}
     running.finish(writer, loaded, loaded.model, recorder, {}, cost)
+
+
+def _sft(cfg: DictConfig, task: Any, loaded: Any, rows: list, folder) -> tuple[Any, Any, Any]:
+    """(model, how to train it, how to measure it) of objective=sft."""
+    from functools import partial
+
+    from experiments.sft import train_sft
+
+    shown = demonstrated(rows, cfg.objective.train_mistakes)
+    return loaded, partial(train_sft, loaded, shown, progress=False), _measure(cfg, task, loaded, folder)
+
+
+def _reward(cfg: DictConfig, task: Any, loaded: Any, rows: list, folder) -> tuple[Any, Any, Any]:
+    """(model, how to train it, how to measure it) of objective=reward_model."""
+    from functools import partial
+
+    from experiments.reward_model import Measure, classifier, train_reward_model
+
+    scored = classifier(loaded, derive(cfg.seed, "head"))
+    return scored, partial(train_reward_model, scored, rows), Measure(cfg, task, scored)
 
 
 def demonstrated(rows: list, train_mistakes: bool = True) -> list:
@@ -100,7 +119,7 @@ def _without_mistakes(row: Any) -> Any:
 
 
 def _measure(cfg: DictConfig, task: Any, loaded: Any, folder):
-    """The measure of a supervised run: an empty stack over the live model."""
+    """The measure of a run on demonstrations: an empty stack over the live model."""
     from types import SimpleNamespace
 
     from experiments.engines.transformers import TransformersEngine

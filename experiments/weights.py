@@ -102,7 +102,8 @@ def load_weights(model: Any, folder: str | Path) -> None:
 
         set_peft_model_state_dict(model, load_file(Path(folder) / "adapter_model.safetensors"))
         return
-    model.load_state_dict(_read_model(folder, str(model.dtype).removeprefix("torch.")).state_dict())
+    saved = type(model).from_pretrained(str(folder), dtype=model.dtype, use_safetensors=True)
+    model.load_state_dict(saved.state_dict())
 
 
 def _read_adapter(folder: Path, dtype: str, **options: Any) -> Any:

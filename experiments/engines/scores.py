@@ -17,24 +17,32 @@ def as_request(prompt: str | Sequence[dict[str, str]], response: str) -> Request
     return Request(messages=[*turns, {"role": "assistant", "content": response}], max_tokens=1, temperature=0.0)
 
 
+def conversation_ids(tokenizer: Any, messages: list[dict]) -> list[int]:
+    """What a reward model reads: the chat template's text; without a template the turns, joined by line breaks."""
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote the special ones
+    return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+
+
 class ScoreEngine(BaseEngine):
     """Scores whole conversations with a sequence classifier of one output; larger is better.
 
-    A conversation goes through the tokenizer's chat template; without one its turns are joined by line breaks. What is
-    longer than `max_length` tokens loses its beginning, counted in `counts`. Scores are float32, written so that
-    reading them back gives the same number. Raises ConfigError for a folder that holds no such model.
+    model: a folder or hub id, or a live model, which comes with its tokenizer. What is longer than `max_length` tokens
+    loses its beginning, counted in `counts`. Scores are float32, written so that reading them back gives the same
+    number. Raises ConfigError for a folder that holds no such model.
     """
 
     name = "scores"
     needs = "nothing"
 
-    def __init__(self, model: str, *, batch_size: int = 16, max_length: int = 4096) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, *, batch_size: int = 16, max_length: int = 4096) -> None:
         super().__init__()
-        check_range("judge.by.batch_size", batch_size, 1)
-        check_range("judge.by.max_length", max_length, 1)
+        check_range("batch_size", batch_size, 1)
+        check_range("max_length", max_length, 1)
         self.batch_size, self.max_length = batch_size, max_length
         self.counts: Counter[str] = Counter()
-        self.model, self.tokenizer = _load(model)
+        self.model, self.tokenizer = (model, tokenizer) if tokenizer is not None else _load(model)
 
     def identity(self) -> dict[str, Any]:
         from experiments.engines.transformers import fingerprint
@@ -43,14 +51,10 @@ class ScoreEngine(BaseEngine):
         return {"engine": self.name, "weights": fingerprint(self.model), "template": template, "max": self.max_length}
 
     def _ids(self, messages: list[dict]) -> list[int]:
-        if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
-        else:
-            ids = self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        ids = conversation_ids(self.tokenizer, messages)
         if len(ids) > self.max_length:
             self.counts["conversation cut at its beginning"] += 1
-        return list(ids)[-self.max_length :] or [self.tokenizer.eos_token_id or 0]
+        return ids[-self.max_length :] or [self.tokenizer.eos_token_id or 0]
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Result]]]:
         encoded = sorted(enumerate(self._ids(r.messages or []) for r in requests), key=lambda pair: -len(pair[1]))
@@ -91,13 +95,13 @@ def _load(source: str) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             "The reward model cannot be loaded",
-            where=f"judge.by.model={source}",
+            where=f"reward model {source}",
             got=" ".join(str(error).split())[:200],
             expected="a folder or hub id of a sequence classifier with safetensors",
         ) from error
     if model.config.num_labels != 1:
         raise ConfigError(
-            "A reward model has one output", where=f"judge.by.model={source}", got=f"{model.config.num_labels} outputs"
+            "A reward model has one output", where=f"reward model {source}", got=f"{model.config.num_labels} outputs"
         )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -124,9 +124,9 @@ class ByRubric(Direct):
 class RewardModel:
     """A scalar reward model: the response with the highest score.
 
-    model: a folder or hub id that `AutoModelForSequenceClassification` reads, with one output; only safetensors, and
-    no code of the model runs. Scores are compared in float32. batch_size, max_length (tokens; a longer conversation
-    loses its beginning, counted): of one forward. Raises ConfigError.
+    model: a folder or hub id of a sequence classifier with one output (`assay judge` takes a run as well); only
+    safetensors, and no code of the model runs. Scores are compared in float32. batch_size, max_length (tokens; a longer
+    conversation loses its beginning, counted): of one forward. Raises ConfigError.
     """
 
     name = "reward_model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import sys
 import time
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 STEPS = ("profile", "synthesise", "filter", "judge", "bench")
 OF_RUBRICS = STEPS[:3]
+TRAINED = ("generator", "model")  # keys of judge.by that name a model of one's own
 WINDOW = 2048
 """Questions held at once: the memory of a run does not grow with the benchmark."""
 
@@ -28,7 +30,8 @@ WINDOW = 2048
 def run(cfg: DictConfig) -> Path:
     """Do the step that `cfg` (conf/judge.yaml) names and return the run folder.
 
-    A finished record of the same configuration is returned at once. An interrupted run goes on where it was, because
+    A finished record of the same configuration is returned at once, unless the judge's own trained models (its rubric
+    generator, its reward model) have other weights since. An interrupted run goes on where it was, because
     every answer is in the cache. Raises RecordError for a record of another configuration or other data in its place,
     RunError if a request failed that can be asked again (files are written, the record is not finished),
     KeyboardInterrupt on SIGINT and SIGTERM.
@@ -36,7 +39,7 @@ def run(cfg: DictConfig) -> Path:
     from experiments.recording import make_room, only_writer, open_record, run_folder
 
     path = run_folder(cfg)
-    if is_done(path, cfg):
+    if is_done(path, cfg) and not _trained_since(path, cfg):
         _refuse_other_data(path, cfg)
         print(f"{path}: finished earlier, skipped", file=sys.stderr)
         return path
@@ -44,7 +47,7 @@ def run(cfg: DictConfig) -> Path:
     with only_writer(path):
         make_room(path, cfg)
         writer = open_record(path, cfg, "judge")
-        writer.update(data=_data(cfg))
+        writer.update(data=_data(cfg), weights=_weights(cfg))
         try:
             with sigterm_interrupts():
                 values, cost = _work(cfg, writer)
@@ -72,6 +75,27 @@ def _refuse_other_data(path: Path, cfg: DictConfig) -> None:
             got=", ".join(sorted(name for name in {**earlier, **here} if earlier.get(name) != here.get(name))[:4]),
             fix="give the run another name=..., or overwrite=true to throw the old record away",
         )
+
+
+def _weights(cfg: DictConfig) -> dict[str, str]:
+    """Digest of the weights behind `judge.by.generator` and `judge.by.model`; none for a hub id or what is gone."""
+    from experiments.weights import find_init
+
+    found = {}
+    for key in TRAINED:
+        with contextlib.suppress(ConfigError):
+            folder = find_init(cfg.judge.by[key], int(cfg.seed), cfg.results_dir) if cfg.judge.by.get(key) else None
+            for file in sorted(folder.glob("*.safetensors")) if folder else ():
+                with file.open("rb") as data:
+                    found[key] = found.get(key, "") + hashlib.file_digest(data, "sha256").hexdigest()
+    return found
+
+
+def _trained_since(path: Path, cfg: DictConfig) -> bool:
+    from experiments.records import load_run
+
+    earlier, here = load_run(path).run.get("weights") or {}, _weights(cfg)
+    return any(earlier.get(key, here[key]) != here[key] for key in here)
 
 
 def check(cfg: DictConfig) -> None:
@@ -108,11 +132,13 @@ def _factory(cfg: DictConfig) -> Any:
 
 def build_judge(cfg: DictConfig, stack: contextlib.ExitStack) -> Any:
     """The judge of `cfg.judge.by`, with the engines that it asks; `stack` closes them."""
+    from experiments.reward_model import trained
     from experiments.tasks.base import Task
 
     make = _factory(cfg)
     if getattr(make.func, "needs", "") != "engine":
-        return make()
+        own = make.keywords.get("model")
+        return make(model=trained(own, int(cfg.seed), cfg.results_dir)) if own else make()
     engine = stack.enter_context(build_engine(cfg, Task(name="judge")))
     if not make.keywords.get("generator"):
         return make(engine=engine)

@@ -1,7 +1,7 @@
 """CDRRM in the constraint world: a generator writes the rules that separate two answers, a frozen judge follows them.
 
 The teacher's rubrics are filtered before the generator is trained on them; beside it a direct judge is trained on the
-winner, on the same pairs.
+winner and a reward model on the answers, on the same pairs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from methods.errors import ConfigError, DataError, check_range
 RUBRIC = "\nrubric: "
 PASSES = {"none": 0, "one": 1, "both": 2}
 CHOICES = {
-    "target": ("rubric", "winner"),
+    "target": ("rubric", "winner", "pair"),
     "filter": tuple(PASSES),
     "labels": ("true", "random"),
     "slots": ("shuffled", "chosen_first"),
@@ -40,13 +40,14 @@ CHOICES = {
 class ConstraintRubrics(ConstraintWorld):
     """`has a; ends b\\nA: ...\\nB: ...\\nrubric: ` -> `ends b`, judged by what a judge that follows the rules picks.
 
-    target: `rubric` trains the generator, `winner` the direct judge (`A` or `B`). corrupt: share of the teacher's
-    rules that are drawn anew from the case's eight (1 of 8 draws gives the same one). filter: how often the judge must
-    recover the label from a rubric (none, one order, both). slip: share of the judge's readings in the filter that
-    name a random slot. labels: `random` ones reach the filter and the winner, and nothing else. slots: in training
-    pairs A is a coin flip, or always the chosen answer, which is what the released scripts do. judged_by: in the
-    evaluation the answers are judged by their own rubric, by the one that the generator writes for the next case, or
-    by all eight rules (one step, without a diagnosis).
+    target: `rubric` trains the generator, `winner` the direct judge (`A` or `B`), `pair` a reward model: the prompt is
+    the instruction alone, `chosen` and `rejected` stand in `Row.meta`, and a text is one of the two answers. corrupt:
+    share of the teacher's rules that are drawn anew from the case's eight (1 of 8 draws gives the same one). filter:
+    how often the judge must recover the label from a rubric (none, one order, both). slip: share of the judge's
+    readings in the filter that name a random slot. labels: `random` ones reach the filter, the winner and the pair,
+    and nothing else. slots: in training pairs A is a coin flip, or always the chosen answer, which is what the
+    released scripts do. judged_by: in the evaluation the answers are judged by their own rubric, by the one that the
+    generator writes for the next case, or by all eight rules (one step, without a diagnosis).
     train_rows counts pairs before the filter. Every case is evaluated in both orders, the rubric written anew.
     Degenerate: a text that is no rubric, and a tie, earn 1/2 (`invalid`, `tie`); a winner that is no letter earns 0.
     Differs from the paper: rules in the world's own words in place of JSON; the frozen judge is a program.
@@ -72,6 +73,11 @@ class ConstraintRubrics(ConstraintWorld):
                 raise ConfigError(
                     "Unknown value", where=f"task.{key}", got=getattr(self, key), expected=", ".join(known)
                 )
+        if self.judged_by != "own" and self.target != "rubric":
+            raise ConfigError(
+                "Only a rubric can be another's", where="task.judged_by", got=self.judged_by,
+                fix=f"task.target={self.target} has task.judged_by=own",
+            )  # fmt: skip
         for key in ("corrupt", "slip"):
             check_range(f"task.{key}", getattr(self, key), 0.0, 1.0)
         if self.eval_rows % 9:
@@ -107,6 +113,8 @@ class ConstraintRubrics(ConstraintWorld):
         )
 
     def _prompt(self, instruction: str, a: str, b: str) -> str:
+        if self.target == "pair":
+            return instruction
         return f"{instruction}{FIRST}{a}{SECOND}{b}{RUBRIC if self.target == 'rubric' else ASK}"
 
     def _pair(self, found: Case) -> Row | None:
@@ -119,6 +127,9 @@ class ConstraintRubrics(ConstraintWorld):
         row = Row(found.id, self._prompt(found.instruction, a, b), "AB"[gold], level(i, j))
         if self.target == "winner":
             return replace(row, demo="AB"[label])
+        if self.target == "pair":
+            chosen, rejected = (a, b) if label == 0 else (b, a)
+            return replace(row, demo=chosen, meta={"chosen": chosen, "rejected": rejected})
         rules = Teacher(corrupt=self.corrupt).rubric(found, a, b, random.Random(derive(found.seed, "teacher")))
         judge = random.Random(derive(found.seed, "filter"))
         kept = rules and recovered(rules, a, b, label, self.slip, PASSES[self.filter], judge)
@@ -129,6 +140,8 @@ class ConstraintRubrics(ConstraintWorld):
         if self.target == "winner":
             return {"A": 0, "B": 1}.get(text.strip())
         a, b = (row.meta[key] for key in (("chosen", "rejected") if row.answer == "A" else ("rejected", "chosen")))
+        if self.target == "pair":
+            return {a: 0, b: 1}.get(text)
         rules = read("; ".join(row.meta["rules"]) if self.judged_by == "all" else text)
         return None if rules is None else verdict(rules, a, b)
 
