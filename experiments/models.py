@@ -322,6 +322,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             **source, quantization_config=GgufConfig(dequantize=True), dtype="float32"
         )
+        # Some versions of transformers take the beginning of a turn for its end; the model's own number is right.
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
         # The file pads with eos; a pad token of its own keeps eos trainable (padding_idx blocks the gradient).
         tokenizer.pad_token = "<|endoftext|>"
         eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import batching, checkpoints
+from experiments import batching, checkpoints, generation
 from experiments.files import os_errors
 from experiments.recording import already_done, make_room, only_writer, open_record, run_folder
 from experiments.records import RunWriter
@@ -101,6 +101,7 @@ def check(cfg: DictConfig) -> None:
             fix=nearest(str(cfg.trainer.lr_schedule), SCHEDULES),
         )
     stack = build_stack(cfg)
+    generation.check(cfg.get("generation"), stack)
     if stack.owner("rollout") is None:
         check_episodes(cfg)
     if batches.group_size == 2 and any(m.name == "ha_dw" for m in stack.methods):
@@ -318,6 +319,7 @@ def build_trainer(cfg: DictConfig, batches: batching.BatchPlan, task, loaded, ro
         disable_tqdm=True,
         dataloader_pin_memory=False,
         seed=seed,
+        **generation.arguments(cfg.get("generation"), task),
         **device_arguments(cfg.scale),
     )
     return AssayTrainer(

@@ -22,7 +22,7 @@ from transformers import Trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from experiments import collect, rollout, trl_tools, vision
+from experiments import collect, generation, rollout, trl_tools, vision
 from experiments.optim import add_modules
 from experiments.recorder import AfterStep
 from experiments.seeds import derive
@@ -184,8 +184,7 @@ class AssayTrainer(GRPOTrainer):
 
     def _redraw_dead_groups(self, ctx: Context) -> None:
         """Dynamic sampling: groups whose rewards are all equal are replaced by new prompts, up to max_draws draws."""
-        kept, every = ctx.trajs, [ctx.trajs]
-        draws = 1
+        kept, every, draws = ctx.trajs, [ctx.trajs], 1
         names = collect.learning_names(ctx)
         dead = collect.dead_groups(kept, names)
         while self._any_rank(bool(dead)) and draws < getattr(self.stack.objective, "max_draws", 1):
@@ -214,13 +213,14 @@ class AssayTrainer(GRPOTrainer):
     # ---- forwards ----
     def _forward_needs(self, batch: Batch) -> None:
         """Old log-probs, entropies and reference log-probs: each computed once for the whole stack, where needed."""
-        needs = self.stack.needs
+        needs = self.stack.needs | generation.needs(self.args)
         misaligned = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
         with torch.no_grad():
             if misaligned or needs & {"old_logps", "entropies"}:
                 old_logps, batch.entropies_ST = self.score_tokens(batch, entropies="entropies" in needs)
                 if misaligned or "old_logps" in needs:  # else the loss takes its own, and every ratio is exactly 1
                     batch.old_logps_ST = old_logps
+            generation.attach(self, batch)
             if self.beta != 0.0:
                 batch.ref_logps_ST = self.reference_logps(batch)
 
@@ -337,7 +337,7 @@ class AssayTrainer(GRPOTrainer):
             logps_BT=logps,
             entropies_BT=entropies,
             mask_BT=inputs["tool_mask"],
-            adv_BT=inputs["advantages"],
+            adv_BT=generation.weighted(inputs),
             old_logps_BT=logps.detach() if old is None else old,
             ref_logps_BT=inputs.get("ref_per_token_logps"),
             denominator_tokens=denominator * accumulation / self.args.steps_per_generation,

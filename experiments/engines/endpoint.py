@@ -155,7 +155,13 @@ class Endpoint:
             raise Transient(f"no answer within {timeout:.3g} seconds") from None
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise Transient(self.clean(f"{type(error).__name__}: {error}")) from None
-        status, said = response.status_code, self.clean(response.text)
+        status = response.status_code
+        if status < 300:
+            try:
+                return response.json()
+            except ValueError:
+                raise Transient(f"an answer that is no JSON: {self.clean(response.text)}") from None
+        said = self.clean(response.text)
         if status == 429 or status >= 500:
             raise Transient(
                 f"status {status}: {said}", _retry_after(response.headers.get("retry-after")), status == 429
@@ -174,12 +180,7 @@ class Endpoint:
                 got=f"status 404: {said}",
                 fix="check engine.url (the base, which often ends in /v1) and engine.model",
             )
-        if status >= 300:
-            raise Refused(f"status {status}: {said}")
-        try:
-            return response.json()
-        except ValueError:
-            raise Transient(f"an answer that is no JSON: {said}") from None
+        raise Refused(f"status {status}: {said}")
 
     async def _alive(self, client: httpx.AsyncClient) -> bool:
         try:

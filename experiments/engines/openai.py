@@ -132,19 +132,20 @@ class OpenAIEngine(BaseEngine):
     async def _all(self, requests: Sequence[Request], bodies: list[dict], inbox: queue.Queue) -> None:
         """Serve every request with `concurrency` workers; the first RunError or ConfigError ends them all."""
         todo = iter(range(len(requests)))
-        async with self.service.client() as client:
 
-            async def worker() -> None:
+        async def worker() -> None:
+            # A client of its own for each: httpcore looks through all connections of a pool at every request.
+            async with self.service.client() as client:
                 for index in todo:
                     inbox.put((index, await self._serve(client, requests[index], bodies[index])))
 
-            tasks = [asyncio.create_task(worker()) for _ in range(min(self.service.concurrency, len(requests)))]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        tasks = [asyncio.create_task(worker()) for _ in range(min(self.service.concurrency, len(requests)))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _body(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = {

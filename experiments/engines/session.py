@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import sys
 import threading
 from collections.abc import Hashable, Iterator
 from typing import Any, Protocol
@@ -18,6 +19,10 @@ from experiments.engines.cache import CachedEngine
 from experiments.engines.openai import OpenAIEngine
 
 Answer = tuple[Hashable, list[Result]]
+
+SWITCH = 0.0005
+"""Seconds for which another thread may hold Python's lock while the event loop wants it; Python's own are ten times as
+long, which a loop that needs the lock several times per request cannot make up for beside a thread that computes."""
 
 
 class Session(Protocol):
@@ -90,6 +95,8 @@ class LiveSession:
         self._todo: asyncio.Queue[tuple[Hashable, str | None, Request] | None] = asyncio.Queue()
         self._job = self._loop.create_task(self._serve())
         self._thread = threading.Thread(target=self._work, name="assay-session", daemon=True)
+        self._switch = sys.getswitchinterval()
+        sys.setswitchinterval(min(SWITCH, self._switch))
         self._thread.start()
 
     def submit(self, tag: Hashable, request: Request) -> None:
@@ -134,6 +141,7 @@ class LiveSession:
             self._loop.call_soon_threadsafe(self._job.cancel)
         self._thread.join()
         self._loop.close()
+        sys.setswitchinterval(self._switch)
 
     # ---------------------------------------------------------------- in the thread
 

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from operator import mul
 
 K1, B = 1.5, 0.75
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
@@ -55,9 +56,11 @@ class Bm25:
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    """Cosine of two vectors; 0 where one of them has norm 0."""
-    norm = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
-    return sum(x * y for x, y in zip(a, b, strict=True)) / norm if norm else 0.0
+    """Cosine of two vectors; 0 where one of them has norm 0. ValueError for vectors of different length."""
+    if len(a) != len(b):
+        raise ValueError(f"vectors of {len(a)} and {len(b)} numbers")
+    norm = math.sqrt(sum(map(mul, a, a))) * math.sqrt(sum(map(mul, b, b)))
+    return sum(map(mul, a, b)) / norm if norm else 0.0
 
 
 def similarity(candidate: str, kept: Sequence[str]) -> list[float]:

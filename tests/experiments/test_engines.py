@@ -608,11 +608,11 @@ def test_retry_after_is_honoured(server):
     from email.utils import formatdate
 
     stamps = []
-    waits = [{"Retry-After": "0.6"}, {"Retry-After": formatdate(time.time() + 2, usegmt=True)}]
 
     def plan(body, count):
         stamps.append(time.monotonic())
-        return (429, waits[count - 1], b"") if count <= 2 else None
+        wait = "0.6" if count == 1 else formatdate(time.time() + 2, usegmt=True)
+        return (429, {"Retry-After": wait}, b"") if count <= 2 else None
 
     server.plan = plan
     with endpoint(server) as engine:

@@ -166,3 +166,75 @@ def test_another_reward_breaks_the_equality(make_trainer, arithmetic, random_mod
     plain = plain_trl(ours, arithmetic, random_model, lambda texts, rows: [float(len(t)) for t in texts], "grpo", {})
     train_both(plain, ours)
     assert not torch.equal(weights(ours), weights(plain))
+
+
+# ---------------------------------------------------------------- rollouts by vLLM and TRL's correction
+
+CORRECTED = {"use_vllm": True, "vllm_importance_sampling_correction": True, "vllm_importance_sampling_clip_max": 1.3}
+
+
+class FakeVLLM:
+    """TRL's VLLMGeneration: made-up completions of a fixed stream, with log-probs that are a little off the model's.
+
+    Every fifth completion has one token whose log-prob vLLM could not give.
+    """
+
+    def __init__(self, *, model, max_completion_length, temperature, **options):
+        self.model, self.length, self.temperature, self.options = model, max_completion_length, temperature, options
+        self.syncs = self.calls = 0
+
+    def sync_weights(self):
+        self.syncs += 1
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        self.calls += 1
+        random = torch.Generator().manual_seed(100 + self.calls)
+        vocabulary = self.model.config.vocab_size
+        ids = [torch.randint(4, vocabulary, (self.length,), generator=random).tolist() for _ in prompts]
+        logps = []
+        for k, (prompt, written) in enumerate(zip(prompts, ids, strict=True)):
+            logps.append([[x] for x in self._logps(prompt, written, random)])
+            if k % 5 == 0:
+                logps[-1][1] = [None]
+        return prompts, ids, logps, None
+
+    def _logps(self, prompt, written, random):
+        with torch.no_grad():
+            logits = self.model(torch.tensor([prompt + written])).logits[0, len(prompt) - 1 : -1] / self.temperature
+        exact = logits.log_softmax(-1).gather(1, torch.tensor(written)[:, None])[:, 0]
+        return (exact + 0.5 * torch.randn(len(written), generator=random)).tolist()
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", FakeVLLM)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [(f"{level}_{how}", "grpo") for level in ("sequence", "token") for how in ("mask", "truncate")]
+    + [("sequence_mask", "gspo"), ("token_truncate", "cispo"), ("token_mask", "sapo")],
+)
+def test_the_corrected_loss_is_trl_s(mode, name, fake_vllm, make_trainer, arithmetic, random_model, digit_share):
+    theirs = {"cispo": {"epsilon_high": 5.0}, "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence",
+              "epsilon": 3e-4, "epsilon_high": 4e-4}}.get(name, {})  # fmt: skip
+    how = CORRECTED | {"vllm_importance_sampling_mode": mode}
+    ours = make_trainer([], build(name), rows_per_device=8, **how)
+    plain = plain_trl(ours, arithmetic, random_model, digit_share, name, theirs | how)
+    train_both(plain, ours)
+    assert history(ours, "loss") == pytest.approx(history(plain, "loss"), rel=1e-5, abs=1e-8)
+    torch.testing.assert_close(weights(ours), weights(plain), rtol=0, atol=5e-5)  # Adam's step is 1e-3
+    for key in ("sampling_logp_difference/mean", "sampling_logp_difference/max", "importance_sampling_ratio/min",
+                "importance_sampling_ratio/mean", "importance_sampling_ratio/max"):  # fmt: skip
+        assert history(ours, f"sampling/{key}") == pytest.approx(history(plain, f"sampling/{key}"), rel=1e-4), key
+    assert 0 < history(ours, "sampling/importance_sampling_ratio/cut")[0] < 1
+    assert ours.vllm_generation.syncs == 2 and ours.vllm_generation.options["mode"] == "colocate"
+
+
+def test_without_the_correction_other_weights_come_out(fake_vllm, make_trainer):
+    with_it = make_trainer([], **CORRECTED)
+    without = make_trainer([], use_vllm=True, vllm_importance_sampling_correction=False)
+    for trainer in (with_it, without):
+        trainer.train()
+    assert not torch.equal(weights(with_it), weights(without))
+    assert not any(key.startswith("sampling/") for key in without.state.log_history[0])
