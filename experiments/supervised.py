@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from experiments.records import RunWriter
 from experiments.seeds import derive
+from experiments.team import Team
 
 
 def settings(cfg: DictConfig):
@@ -32,17 +33,17 @@ def settings(cfg: DictConfig):
     )
 
 
-def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list, stop) -> None:
+def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list, stop, team: Team) -> None:
     """Fine-tunes on the rows' demonstrations and records the run; resumable at every saved step."""
     from experiments import run as running
-    from experiments.progress import Progress
+    from experiments.progress import progress_of
     from experiments.recorder import Recorder
     from experiments.sft import train_sft
     from experiments.weights import load_weights
 
     sft, rows = settings(cfg), demonstrated(rows, cfg.objective.train_mistakes)
-    measure = _measure(cfg, task, loaded, writer.path)
-    with Progress(writer.path, f"one step = {sft.batch_size} demonstrations") as progress:
+    measure = _measure(cfg, task, loaded, writer.path, team)
+    with progress_of(writer.path, f"one step = {sft.batch_size} demonstrations", shown=team.is_main) as progress:
         recorder = Recorder(
             writer,
             state=dict,
@@ -52,6 +53,7 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
             keep=cfg.trainer.keep_checkpoints,
             stop=stop,
             progress=progress,
+            team=team,
         )
         resume = running.resume_from(writer, recorder, lambda state: None)
         measure.prepare()
@@ -67,7 +69,8 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
         raise KeyboardInterrupt(stop.received)
     kinds = ("trained_tokens", "forwarded_tokens", "generated_tokens", "judge_calls")
     cost = {k: recorder.last_logs.get(f"cost/{k}", 0) for k in kinds}
-    running.finish(writer, loaded, loaded.model, recorder, {}, cost)
+    if team.is_main:
+        running.finish(writer, loaded, loaded.model, recorder, {}, cost)
 
 
 def demonstrated(rows: list, train_mistakes: bool = True) -> list:
@@ -99,7 +102,7 @@ def _without_mistakes(row: Any) -> Any:
     return replace(row, meta=row.meta | {"messages": messages})
 
 
-def _measure(cfg: DictConfig, task: Any, loaded: Any, folder):
+def _measure(cfg: DictConfig, task: Any, loaded: Any, folder, team: Team):
     """The measure of a supervised run: an empty stack over the live model."""
     from types import SimpleNamespace
 
@@ -113,6 +116,7 @@ def _measure(cfg: DictConfig, task: Any, loaded: Any, folder):
 
     engine = TransformersEngine(loaded.model, loaded.tokenizer, chat=loaded.chat)
     services = Services(engine, task, cfg.seed, SimpleNamespace(), loaded.tokenizer)
+    services.team = team
     return Measure(
         cfg,
         task,
@@ -124,4 +128,5 @@ def _measure(cfg: DictConfig, task: Any, loaded: Any, folder):
         stack=Stack([], Objective()),
         context=lambda: Context("eval", 0, 0, 1, services=services),
         folder=folder,
+        team=team,
     )
