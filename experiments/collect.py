@@ -187,6 +187,24 @@ def _first_rows(batch: Batch, count: int) -> Batch:
     return batch.with_tensors({k: v[index] for k, v in batch.tensors().items()}, [batch.trajs[0]])
 
 
+def as_inputs(batch: Batch, tokens: Tensor, weighted: bool) -> dict[str, Tensor]:
+    """The dict that TRL shuffles and slices; `tokens` are trained in the whole generation."""
+    out = {
+        "prompt_ids": batch.prompt_ids_SP,
+        "prompt_mask": batch.prompt_mask_SP,
+        "completion_ids": batch.completion_ids_ST,
+        "completion_mask": batch.completion_mask_ST,
+        "advantages": batch.adv_ST,
+        "tool_mask": batch.model_mask_ST,
+        "num_items_in_batch": tokens,
+    }
+    more = {"old_per_token_logps": batch.old_logps_ST, "ref_per_token_logps": batch.ref_logps_ST}
+    if weighted:
+        more["row_weight"] = batch.row_weight_S
+    out |= {name: x for name, x in more.items() if x is not None}
+    return out | {f"extra/{name}": x for name, x in batch.extras.items()}
+
+
 def row_slice(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     """Rows start:stop of TRL's dict, the longest first, without the columns that are padding in all of them.
 

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.engines.base import Request, Result, Usage
 from experiments.engines.base import encode as ids_of
 from experiments.seeds import derive
-from experiments.team import Team
+from experiments.team import ALONE, Team
 from methods.base import ConfigError, Context, Segment, Trajectory, Turn
 from methods.stack import Stack
 
@@ -33,7 +33,7 @@ def rollouts(
     items: Sequence[Any],
     how: Sampling,
     encode: Callable[[Any], list[int]] | None = None,
-    team: Team = Team(),
+    team: Team = ALONE,
 ) -> tuple[list[Trajectory], dict[str, list[float]]]:
     """Trajectories of every item and sample (samples of an item in a row), and the methods' own columns.
 

@@ -11,7 +11,7 @@ from experiments import hooked
 from experiments.probe import Probe
 from experiments.scoring import score_results
 from experiments.seeds import derive
-from experiments.team import Team
+from experiments.team import ALONE, Team
 from experiments.vision import images_of
 from methods.base import Context
 from methods.stack import Stack
@@ -39,7 +39,7 @@ class Measure:
         stack: Stack,
         context: Callable[[], Context],
         folder: Path,
-        team: Team = Team(),
+        team: Team = ALONE,
         whole: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.team, self.whole = team, whole

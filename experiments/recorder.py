@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from experiments import checkpoints
 from experiments.records import RunWriter
 from experiments.signals import StopSignals
-from experiments.team import Team
+from experiments.team import ALONE, Team
 from methods.errors import RunError
 
 
@@ -47,7 +47,7 @@ class Recorder(TrainerCallback):
         keep: int,
         stop: StopSignals,
         progress: Callable[[int, int, dict], None],
-        team: Team = Team(),
+        team: Team = ALONE,
     ) -> None:
         self.writer, self.state_fn, self.evaluate_fn = writer, state, evaluate
         self.boundary, self.eval_every, self.keep = boundary, eval_every, keep

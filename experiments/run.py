@@ -16,7 +16,7 @@ from experiments.files import os_errors
 from experiments.recording import Bystander, already_done, make_room, note_failure, only_writer, open_record, run_folder
 from experiments.records import RunWriter
 from experiments.seeds import derive
-from experiments.team import Team
+from experiments.team import ALONE, Team
 from experiments.tokenizers import plain_text
 from methods.errors import AssayError, ConfigError, DataError, RunError, nearest
 
@@ -306,7 +306,7 @@ def finish(writer: RunWriter, loaded, model, recorder, state: dict, cost: dict, 
 
 
 def build_trainer(
-    cfg: DictConfig, batches: batching.BatchPlan, task, loaded, rows, reward_specs, folder: Path, team: Team = Team()
+    cfg: DictConfig, batches: batching.BatchPlan, task, loaded, rows, reward_specs, folder: Path, team: Team = ALONE
 ):
     """The trainer of one run; `folder` takes its checkpoints."""
     from transformers import set_seed

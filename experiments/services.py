@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from experiments.seeds import derive
-from experiments.team import Team
+from experiments.team import ALONE
 from experiments.tools import ToolRunner
 from methods.base import Trajectory, assemble
 from methods.errors import ConfigError
@@ -30,7 +30,7 @@ class Services:
     """
 
     step = 0
-    team = Team()
+    team = ALONE
 
     def __init__(self, engine: Any, task: Any, seed: int, limits: SimpleNamespace, tokenizer: Any = None) -> None:
         self._engine, self.task, self.seed, self.limits, self.tokenizer = engine, task, seed, limits, tokenizer

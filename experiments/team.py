@@ -152,6 +152,9 @@ class Team:
         return self.joined([mine])
 
 
+ALONE = Team()
+
+
 def _picklable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
@@ -163,7 +166,7 @@ def _picklable(error: Exception) -> Exception:
 # ---------------------------------------------------------------- sharded weights
 
 
-def whole(model: Any, trainer: Any) -> AbstractContextManager:
+def all_weights(model: Any, trainer: Any) -> AbstractContextManager:
     """Inside: every process has all weights of `model` and forwards it for itself, as often as it likes."""
     if getattr(trainer, "is_fsdp_enabled", False):
         return unsharded(model)

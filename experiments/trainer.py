@@ -23,11 +23,12 @@ from transformers import Trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from experiments import collect, resample, rollout, team, trl_tools, vision
+from experiments import collect, resample, rollout, trl_tools, vision
 from experiments.optim import add_modules
 from experiments.recorder import AfterStep
 from experiments.seeds import derive
 from experiments.services import TrainingServices
+from experiments.team import ALONE, Team, all_weights
 from experiments.tokenizers import chat_ids, prefilled
 from experiments.trl_check import require_trl
 from methods.base import Batch, ConfigError, Context, LossContext, Trajectory, assemble
@@ -53,8 +54,10 @@ class AssayTrainer(GRPOTrainer):
     num_generations: int
     max_completion_length: int
 
+    team: Team
+
     def __init__(
-        self, *, stack: Stack, rows, rewards, task, wrap_prompt, seed: int, args: GRPOConfig, team=team.Team(), **kw
+        self, *, stack: Stack, rows, rewards, task, wrap_prompt, seed: int, args: GRPOConfig, team=ALONE, **kw
     ):
         require_trl()
         self.stack, self.rows, self.reward_specs, self.task = stack, rows, rewards, task
@@ -113,7 +116,7 @@ class AssayTrainer(GRPOTrainer):
 
     def whole(self):
         """Inside, every process has all weights, so that processes may differ in how often they forward them."""
-        return team.whole(self.model_wrapped, self)
+        return all_weights(self.model_wrapped, self)
 
     def full_weights(self) -> dict[str, Tensor] | None:
         """The model's whole state dict on the first process where weights are sharded; None where they are not."""
@@ -269,25 +272,10 @@ class AssayTrainer(GRPOTrainer):
         tokens = selected.model_mask_ST.sum()
         selected = self.team.rows_of(selected)
         self.cost["trained_tokens"] += int(selected.model_mask_ST.sum()) * self.num_iterations
-        out = {
-            "prompt_ids": selected.prompt_ids_SP,
-            "prompt_mask": selected.prompt_mask_SP,
-            "completion_ids": selected.completion_ids_ST,
-            "completion_mask": selected.completion_mask_ST,
-            "advantages": selected.adv_ST,
-            "tool_mask": selected.model_mask_ST,
-            "num_items_in_batch": tokens,
-        }
-        if not untouched:
-            out["row_weight"] = selected.row_weight_S
-        if selected.old_logps_ST is not None:
-            out["old_per_token_logps"] = selected.old_logps_ST
-        if selected.ref_logps_ST is not None:
-            out["ref_per_token_logps"] = selected.ref_logps_ST
         images = vision.batch_inputs(self, selected, selected.sequences()[0])
         if images and not untouched:
             raise ConfigError("methods that drop, add or weigh rollouts take no images", where="method")
-        return out | images | {f"extra/{name}": x for name, x in selected.extras.items()}
+        return collect.as_inputs(selected, tokens, weighted=not untouched) | images
 
     # ---- one micro-batch ----
     def _compute_loss(self, model, inputs):

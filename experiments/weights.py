@@ -67,8 +67,8 @@ def find_init(init: str, seed: int, results_dir: str | Path = "results") -> Path
 def export(model: Any, processor: Any, folder: str | Path, weights: dict[str, Any] | None = None) -> Path:
     """Write a folder that transformers and vLLM can load; LoRA adapters are merged. Atomic; `model` is unchanged.
 
-    `processor`: the tokenizer, or what holds it and the image processor. `weights`: the whole state dict of a model whose
-    own is sharded.
+    `processor`: the tokenizer, or what holds it and the image processor. `weights`: the whole state dict of a
+    model whose own is sharded.
 
     Give the unwrapped model. With adapters the base is read again from where it came from, on the CPU, so that
     merging needs no memory on the device and leaves no rounding in the live weights.
