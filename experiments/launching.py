@@ -46,9 +46,10 @@ def processes(scale: DictConfig) -> int:
         wanted = gpus() or started()
         if wanted == 1 and not gpus():
             raise ConfigError(
-                "null processes means one per GPU, and there is no GPU here",
+                "there is no GPU here, and null processes means one per GPU",
                 where="scale.num_processes",
-                fix="give a number, as in scale.num_processes=2, or scale=cpu",
+                got=scale.name,
+                fix="scale=cpu, or several processes on the CPU: scale=ddp scale.num_processes=2",
             )
     if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
         raise ConfigError("processes are counted", where="scale.num_processes", got=wanted, expected="1 or more")

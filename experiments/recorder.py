@@ -113,6 +113,7 @@ class Recorder(TrainerCallback):
         values = {k: v for k, v in logs.items() if k not in drop and isinstance(v, (int, float))}
         self.last_logs = {**values, **self.extra, **timing}
         self.writer.log(step, self.last_logs)
+        logs.update(self.extra)  # for the trackers behind
         self.extra = {}
         self.progress(step, args.max_steps, self.last_logs)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import batching, checkpoints, launching
+from experiments import batching, checkpoints, launching, tracking
 from experiments.files import os_errors
 from experiments.recording import Bystander, already_done, make_room, note_failure, only_writer, open_record, run_folder
 from experiments.records import RunWriter
@@ -78,6 +78,7 @@ def is_supervised(cfg: DictConfig) -> bool:
 
 def check(cfg: DictConfig) -> None:
     """Everything that can be refused without loading a model; the command line calls it for every run of a sweep."""
+    tracking.check(cfg.record.report_to)
     if is_supervised(cfg):
         if cfg.method:
             raise ConfigError(
@@ -256,6 +257,8 @@ def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop, team
             team=team,
         )
         trainer.attach(recorder, writer.sample, cfg.record.samples_per_step)
+        for callback in tracking.callbacks(cfg, writer.path) if team.is_main else ():
+            trainer.add_callback(callback)
         trainer.stack.inherit(hooked.saved_states(cfg))
         resume = resume_from(writer, recorder, trainer.load_state_dict)
         meter.prepare()
@@ -342,10 +345,13 @@ def build_trainer(
         logging_nan_inf_filter=False,  # it would show a NaN as the mean of the losses before it
         save_strategy="steps",
         save_steps=t.save_every or t.max_steps,
-        report_to=cfg.record.report_to,
+        report_to="none",  # trackers are called behind the recorder
+        run_name=tracking.run_name(cfg),
+        project="assay",
         disable_tqdm=True,
         dataloader_pin_memory=False,
         seed=seed,
+        ddp_find_unused_parameters=hasattr(loaded.model.config, "num_experts"),
         **device_arguments(cfg.scale),
     )
     return AssayTrainer(

@@ -36,6 +36,7 @@ def settings(cfg: DictConfig):
 def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list, stop, team: Team) -> None:
     """Fine-tunes on the rows' demonstrations and records the run; resumable at every saved step."""
     from experiments import run as running
+    from experiments import tracking
     from experiments.progress import progress_of
     from experiments.recorder import Recorder
     from experiments.sft import train_sft
@@ -60,9 +61,9 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
         seed = derive(cfg.seed, "train")
         folder = writer.path / "checkpoints"
         if recorder.step < cfg.trainer.max_steps:
-            train_sft(
-                loaded, rows, sft, output_dir=folder, seed=seed, callbacks=[recorder], progress=False, resume=resume
-            )
+            callbacks = [recorder, *(tracking.callbacks(cfg, writer.path) if team.is_main else ())]
+            more = {"progress": False, "resume": resume, "run_name": tracking.run_name(cfg)}
+            train_sft(loaded, rows, sft, output_dir=folder, seed=seed, callbacks=callbacks, **more)
         else:  # killed between the last checkpoint and the summary: nothing is left to train
             load_weights(loaded.model, str(resume))
     if stop.received is not None and recorder.step < cfg.trainer.max_steps:

@@ -323,7 +323,7 @@ class AssayTrainer(GRPOTrainer):
         # `num_items_in_batch` spans the generation: rescaled to one accumulation window, as TRL does.
         denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.team.size
         accumulation = self.current_gradient_accumulation_steps
-        updates = self.args.steps_per_generation / accumulation
+        updates = self.args.steps_per_generation / accumulation * self.team.size
         return LossContext(
             logps_BT=logps,
             entropies_BT=entropies,

@@ -230,7 +230,7 @@ class LossContext:
     attention_BL: Tensor | None = None
     clip_range: tuple[Any, Any] | None = None
     hidden_BTD: Tensor | None = None
-    updates: float = 1.0  # optimiser updates that one generation is split into (of each pass)
+    updates: float = 1.0  # parts of a generation: optimiser updates (of each pass) x processes, whose mean is taken
     share: float = 1.0  # this chunk's part of the micro-batch's rows, for means that have no batch-wide denominator
     log: Callable[[str, Any], None] = lambda name, value: None
 

@@ -89,21 +89,22 @@ class Tape:
         self.file, self.name, self.tokenizer = file, name, tokenizer
         self.playing = file.exists()
         self.rollouts, self.texts = pickle.loads(file.read_bytes()) if self.playing else ([], [])
-        self.at = [0, 0]
+        self.at = 0
 
     def rollout(self, real):
         def rollout(rows, ctx, default):
-            self.at[0] += 1
             if self.playing:
-                trajs = copy.deepcopy(self.rollouts[self.at[0] - 1])
-                start = next(i for i, t in enumerate(trajs) if t.group_id == ctx.first_group)
-                trajs = trajs[start : start + len(rows)]
+                calls = [copy.deepcopy(trajs) for step, trajs in self.rollouts if step == ctx.step]
+                start, drawn = next(
+                    (k, trajs) for trajs in calls for k, t in enumerate(trajs) if t.group_id == ctx.first_group
+                )
+                trajs = drawn[start : start + len(rows)]
                 for t, row in zip(trajs, rows, strict=True):
                     assert t.row_id == row.id
                     t.row = row
                 return trajs
             trajs = [enriched(t, self.name, self.tokenizer) for t in real(rows, ctx, default)]
-            self.rollouts.append(copy.deepcopy(trajs))
+            self.rollouts.append((ctx.step, copy.deepcopy(trajs)))
             return trajs
 
         return rollout
@@ -112,11 +113,11 @@ class Tape:
         def generate(requests, stream):
             if services._apart:  # part of a rollout, which is replayed as a whole
                 return real(requests, stream)
-            self.at[1] += 1
+            self.at += 1
             if not self.playing:
                 self.texts.append(real(requests, stream))
-            assert len(self.texts[self.at[1] - 1]) == len(requests)
-            return self.texts[self.at[1] - 1]
+            assert len(self.texts[self.at - 1]) == len(requests)
+            return self.texts[self.at - 1]
 
         return generate
 
@@ -136,6 +137,7 @@ def train(name: str, words: list[str], team, folder: Path) -> dict:
     cfg = configuration(*COMMON, f"scale.num_processes={team.size}", *words)
     run.check(cfg)
     task = instantiate(cfg.task)
+    task.score = lambda text, row: outcome([text], [row])[0]  # a random model is never right
     loaded = instantiate(cfg.model).load(task, 0)
     specs = [RewardSpec("task", outcome, 1.0, "outcome"), RewardSpec("reasoning", reasoning, 0.0, "aux")]
     batches = batching.plan(cfg.trainer, team.size)

@@ -204,7 +204,7 @@ def test_processes_are_counted(keys, words):
 
 def test_no_gpu_is_one_paragraph(monkeypatch):
     monkeypatch.setattr(launching, "gpus", lambda: 0)
-    with pytest.raises(ConfigError, match=r"one per GPU.*no GPU here.*scale.num_processes=2"):
+    with pytest.raises(ConfigError, match=r"no GPU here.*one per GPU.*scale.num_processes=2"):
         launching.processes(scale("ddp"))
     for name in ("gpu", "fsdp2"):
         with pytest.raises(ConfigError, match="no GPU here.*scale=cpu"):
