@@ -79,6 +79,10 @@ def enriched(traj, name: str, tokenizer):
     if name.startswith((*TOOLS, "stacked")) and length > 1:
         call = {"tool": "search", "args": {"query": f"query {sign % 3}"}}
         traj.turns = [Turn(0, 0, length // 2, "call", [call], "found"), Turn(0, length // 2, length)]
+    if name.startswith("ziprl"):
+        traj.text = str(sign)
+        for k, turn in enumerate(traj.turns):
+            turn.scores["q_com"] = mark(sign, k) % 7 / 6
     return traj
 
 

@@ -82,6 +82,6 @@ def test_the_cases_exercise_what_they_are_about(results):
     assert all(abs(results(name)[0]["loss"][-1][1]) > 0 for name in NAMES if name != "graph_memory")
     assert logs["redrawn"]["groups/draws"] > 1 and logs["vsrm_chain"]["vsrm/steps"] > 0
     assert logs["vsrm_chain"]["vsrm/reward/abs"] > 0 and logs["awpo"]["awpo/gate"] > 0
-    assert results("tapo")[0]["logs"]["tapo/corrected"] > 0
+    assert results("tapo")[0]["logs"]["tapo/frac_steps_corrected"] > 0
     memory = results("graph_memory")[0]["state"]["stack"]["methods"]["graph_memory"]
     assert memory["last"]["strategies"] > 0

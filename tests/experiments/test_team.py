@@ -207,7 +207,7 @@ def test_no_gpu_is_one_paragraph(monkeypatch):
     with pytest.raises(ConfigError, match=r"no GPU here.*one per GPU.*scale.num_processes=2"):
         launching.processes(scale("ddp"))
     for name in ("gpu", "fsdp2"):
-        with pytest.raises(ConfigError, match="no GPU here.*scale=cpu"):
+        with pytest.raises(ConfigError, match=r"no GPU here.*scale=cpu"):
             launching.check_machine(scale(name, num_processes=1))
     monkeypatch.setattr(launching, "gpus", lambda: 2)
     assert launching.processes(scale("ddp")) == 2
@@ -233,9 +233,9 @@ def test_one_process_in_place_of_two_does_not_pass_silently():
 def test_missing_packages_and_ppo_are_refused(monkeypatch):
     monkeypatch.setattr(launching, "gpus", lambda: 8)
     monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="DeepSpeed is not installed.*pip install deepspeed"):
+    with pytest.raises(ConfigError, match=r"DeepSpeed is not installed.*pip install deepspeed"):
         launching.check_machine(scale("zero3"))
-    with pytest.raises(ConfigError, match="Liger is not installed.*pip install liger-kernel"):
+    with pytest.raises(ConfigError, match=r"Liger is not installed.*pip install liger-kernel"):
         launching.check_machine(scale("ddp", liger=True))
     ppo = {"_target_": "methods.objectives.ppo.Ppo"}
     for name in ("fsdp2", "zero2", "zero3"):
@@ -269,7 +269,7 @@ def test_a_stop_is_a_stop_and_a_launcher_that_starts_nothing_says_why(tmp_path):
     assert stop.value.args == (15,)
     for file in tmp_path.iterdir():
         file.unlink()
-    with pytest.raises(RunError, match="did not start.*a line"):
+    with pytest.raises(RunError, match=r"did not start.*a line"):
         outcomes(tmp_path, begun=0)
 
 
