@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from methods.errors import ConfigError
@@ -45,9 +44,8 @@ class BatchPlan:
         )
 
 
-def plan(trainer, world: int | None = None) -> BatchPlan:
-    """The plan of `cfg.trainer`. ConfigError where the words do not divide."""
-    world = world or int(os.environ.get("WORLD_SIZE", "1"))
+def plan(trainer, world: int = 1) -> BatchPlan:
+    """The plan of `cfg.trainer` on `world` processes. ConfigError where the words do not divide."""
     prompts, group = trainer.prompts_per_step, trainer.rollouts_per_prompt
     for key in ("max_steps", "prompts_per_step", "updates_per_generation", "iterations"):
         if trainer[key] < 1:
@@ -60,15 +58,27 @@ def plan(trainer, world: int | None = None) -> BatchPlan:
             expected="2 or more (TRL refuses 1; ppo and reinforce_pp treat them as independent)",
         )
     rows = prompts * group
+    if world > prompts * trainer.updates_per_generation:
+        raise ConfigError(
+            "there are more processes than prompts",
+            where="scale.num_processes",
+            got=f"{world} processes, {prompts * trainer.updates_per_generation} prompts per generation",
+            expected="at least one whole group for each process",
+            fix="raise trainer.prompts_per_step, or lower scale.num_processes",
+        )
     if rows % world:
         raise _undivided("the rows of a step do not divide by the processes", rows, world, "trainer.prompts_per_step")
     local = rows // world
     per_device = trainer.rows_per_device or local
     if local % per_device:
         raise _undivided("a step's rows on one device do not divide by rows_per_device", local, per_device)
-    if local * trainer.updates_per_generation % group:
-        raise _undivided(
-            "the rows of one process do not divide by the group size, so a group would be cut", local, group
+    if prompts * trainer.updates_per_generation % world:
+        raise ConfigError(
+            "the groups of a generation do not divide by the processes, so one would be cut",
+            where="trainer.prompts_per_step",
+            got=f"{prompts * trainer.updates_per_generation} groups of {group}, {world} processes",
+            expected="the same number of whole groups for each process",
+            fix=f"trainer.prompts_per_step={-(-prompts // world) * world}",
         )
     return BatchPlan(
         prompts, group, per_device, local // per_device, trainer.updates_per_generation, trainer.iterations, world

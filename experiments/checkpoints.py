@@ -69,6 +69,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _restore(found["state"], load_file(folder / "state.safetensors"))
 
 
+def refuse_other_team(folder: Path, state: dict[str, Any], processes: int) -> None:
+    """RecordError for a checkpoint of another number of processes: random streams and shards are one per process."""
+    made_by = state.get("processes", 1)
+    if made_by != processes:
+        raise RecordError(
+            "this checkpoint is of another number of processes",
+            where=str(folder),
+            got=f"{made_by} processes there, {processes} here",
+            fix=f"go on with scale.num_processes={made_by}, or start from its weights: model.init=RUN name=...",
+        )
+
+
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

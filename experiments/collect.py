@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from experiments.team import Team
 from methods.base import Batch, Context, Segment, Trajectory, Turn
 from methods.errors import RunError
 
@@ -21,17 +23,30 @@ class Meter(defaultdict):
     def __init__(self) -> None:
         super().__init__(list)
 
-    def drain(self, accelerator) -> dict[str, float]:
-        """Mean of each list, NaN left out, averaged over processes; empties the meter."""
+    def drain(self) -> dict[str, float]:
+        """Mean of each list, NaN left out; empties the meter."""
         means = {}
         for name, values in sorted(self.items()):
             tensor = torch.stack([torch.as_tensor(v, dtype=torch.float32, device="cpu") for v in values])
             means[name] = torch.nanmean(tensor).item()
         self.clear()
-        if accelerator.num_processes > 1 and means:
-            packed = torch.tensor(list(means.values()), device=accelerator.device)
-            means = dict(zip(means, accelerator.reduce(packed, reduction="mean").tolist(), strict=True))
         return means
+
+
+class Cost(dict):
+    """What the run has spent. Each process counts its own; `settle` makes it what all have spent."""
+
+    def __init__(self) -> None:
+        super().__init__({k: 0 for k in ("generated_tokens", "trained_tokens", "forwarded_tokens", "judge_calls")})
+        self._settled = dict(self)
+
+    def settle(self, team: Team) -> None:
+        spent = team.total({k: v - self._settled.get(k, 0) for k, v in self.items()})
+        self.load({k: self._settled.get(k, 0) + v for k, v in spent.items()})
+
+    def load(self, totals: dict[str, int]) -> None:
+        self.update(totals)
+        self._settled = dict(self)
 
 
 def trajectory(row, slot, prompt_ids, ids, logprobs, text, *, ends, group_size: int, first_group: int) -> Trajectory:
@@ -80,7 +95,7 @@ def summary(ctx: Context, batch: Batch) -> dict[str, Any]:
 
 
 def score(trajs: list[Trajectory], specs, step: int) -> None:
-    """Fills `traj.rewards`. Raises RunError for an infinite reward, or if no rollout of the batch can be scored.
+    """Fills `traj.rewards`. Raises RunError for an infinite reward.
 
     A reward that does not apply (None) becomes NaN; a trajectory with only NaN rewards gets advantage 0.
     """
@@ -97,6 +112,10 @@ def score(trajs: list[Trajectory], specs, step: int) -> None:
                     fix="repair the reward function; the run goes on from its last checkpoint",
                 )
             t.rewards[spec.name] = value
+
+
+def refuse_unscored(trajs: list[Trajectory], specs, step: int) -> None:
+    """RunError if no rollout of the batch can be scored."""
     if specs and all(math.isnan(v) for t in trajs for v in t.rewards.values()):
         raise RunError(
             "every reward of the batch is NaN",
@@ -135,18 +154,16 @@ def replace_groups(kept: list[Trajectory], dead: list[int], drawn: list[Trajecto
     return out
 
 
-def fill(batch: Batch, slices: int, accelerator) -> Batch:
-    """Fully masked rows up to a multiple of `slices`, equal over ranks, and row weights that sum to `slices`.
+def fill(batch: Batch, slices: int, processes: int = 1) -> Batch:
+    """Fully masked rows up to a multiple of `slices` on each process, and row weights that sum to their product.
 
     TRL cuts a generation into `slices` equal parts and silently drops a remainder. Weights are normalised over
-    all processes, so that a mean over rows does not count the fillers.
+    the whole generation, so that a mean over rows does not count the fillers.
     """
-    device = batch.adv_ST.device
-    rows = torch.tensor([batch.rows], device=device)
-    target = max(int(-(-int(accelerator.gather(rows).max()) // slices) * slices), slices)
+    device, parts = batch.adv_ST.device, slices * processes
+    target = max(-(-batch.rows // parts), 1) * parts
     weight_S = torch.ones(batch.rows, device=device) if batch.row_weight_S is None else batch.row_weight_S.float()
-    total = accelerator.gather(weight_S.sum().reshape(1)).sum().clamp(min=1e-12)
-    batch.row_weight_S = weight_S * (slices * accelerator.num_processes / total)
+    batch.row_weight_S = weight_S * (parts / weight_S.sum().clamp(min=1e-12))
     missing = target - batch.rows
     if missing == 0:
         return batch
@@ -159,9 +176,33 @@ def fill(batch: Batch, slices: int, accelerator) -> Batch:
     return batch.concat(filler)
 
 
+def fingerprint(batch: Batch) -> int:
+    """A number that tells which rollouts a batch holds, in which order."""
+    held = [(t.row_id, t.group_id, t.sample_id) for t in batch.trajs]
+    return zlib.crc32(repr((held, batch.traj_S.tolist())).encode())
+
+
 def _first_rows(batch: Batch, count: int) -> Batch:
     index = torch.zeros(count, dtype=torch.long, device=batch.adv_ST.device)
     return batch.with_tensors({k: v[index] for k, v in batch.tensors().items()}, [batch.trajs[0]])
+
+
+def as_inputs(batch: Batch, tokens: Tensor, weighted: bool) -> dict[str, Tensor]:
+    """The dict that TRL shuffles and slices; `tokens` are trained in the whole generation."""
+    out = {
+        "prompt_ids": batch.prompt_ids_SP,
+        "prompt_mask": batch.prompt_mask_SP,
+        "completion_ids": batch.completion_ids_ST,
+        "completion_mask": batch.completion_mask_ST,
+        "advantages": batch.adv_ST,
+        "tool_mask": batch.model_mask_ST,
+        "num_items_in_batch": tokens,
+    }
+    more = {"old_per_token_logps": batch.old_logps_ST, "ref_per_token_logps": batch.ref_logps_ST}
+    if weighted:
+        more["row_weight"] = batch.row_weight_S
+    out |= {name: x for name, x in more.items() if x is not None}
+    return out | {f"extra/{name}": x for name, x in batch.extras.items()}
 
 
 def row_slice(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:

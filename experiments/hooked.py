@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from experiments.engines.base import Request, Result, Usage
 from experiments.engines.base import encode as ids_of
 from experiments.seeds import derive
+from experiments.team import ALONE, Team
 from methods.base import ConfigError, Context, Segment, Trajectory, Turn
 from methods.stack import Stack
 
@@ -31,17 +33,28 @@ def rollouts(
     items: Sequence[Any],
     how: Sampling,
     encode: Callable[[Any], list[int]] | None = None,
+    team: Team = ALONE,
 ) -> tuple[list[Trajectory], dict[str, list[float]]]:
     """Trajectories of every item and sample (samples of an item in a row), and the methods' own columns.
 
-    `encode` turns a row's prompt into ids; without it the engine does, and segments carry no prompt ids.
+    `encode` turns a row's prompt into ids; without it the engine does, and segments carry no prompt ids. The processes
+    of a team divide the items; all get all trajectories.
     """
     ctx.group_size, ctx.first_group = how.samples, 0
     ctx.temperature, ctx.top_p = how.temperature, how.top_p
     ctx.rows = stack.prepare_rows([row for row in items for _ in range(how.samples)], ctx)
     task: Any = getattr(ctx.services, "task", None)
     draw = _episodes if getattr(task, "tools", None) is not None else _sample
-    ctx.trajs = stack.rollout(ctx.rows, ctx, lambda rows, slots=None: draw(task, engine, rows, how, encode, slots))
+    mine = team.part(len(ctx.rows), how.samples)
+    trajs = []
+    if ctx.rows[mine]:
+        with ctx.services.apart() if team.size > 1 else nullcontext():
+            trajs = stack.rollout(
+                ctx.rows[mine], ctx, lambda rows, slots=None: draw(task, engine, rows, how, encode, slots)
+            )
+    for t in trajs:
+        t.group_id += mine.start // how.samples
+    ctx.trajs = team.trajectories(trajs, ctx.rows)
     asked = [(row.id, False) for row in items for _ in range(how.samples)]
     if [(t.row_id, t.is_demo) for t in ctx.trajs] != asked:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from experiments import hooked
 from experiments.probe import Probe
 from experiments.scoring import score_results
 from experiments.seeds import derive
+from experiments.team import ALONE, Team
 from experiments.vision import images_of
 from methods.base import Context
 from methods.stack import Stack
@@ -19,7 +21,9 @@ class Measure:
     """`measure(step)` gives the frame for eval.parquet and extra metrics (`kl/start`, `eval/score`).
 
     Items are fixed by `eval.seed`, so that arms and seeds pair on them; sampling is seeded by the run. What it
-    generates is not a cost of the method. `encode(prompt)` gives prompt ids; `context()` an evaluation Context.
+    generates is not a cost of the method. `encode(prompt)` gives prompt ids; `context()` an evaluation Context;
+    inside `whole()` this process has all weights. The processes of a team divide the items and the first one scores
+    them; the others get None.
     """
 
     def __init__(
@@ -35,7 +39,10 @@ class Measure:
         stack: Stack,
         context: Callable[[], Context],
         folder: Path,
+        team: Team = ALONE,
+        whole: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
+        self.team, self.whole = team, whole
         self.cfg, self.task, self.engine, self.encode = cfg, task, engine, encode
         self.max_tokens, self.stack, self.context = max_tokens, stack, context
         engine.batch_size = cfg.eval.batch_size
@@ -45,9 +52,12 @@ class Measure:
 
     def prepare(self) -> None:
         """Fixes the probe, before the first step."""
-        if self.probe is not None and self.rows:
-            prompts = [self.encode(row.prompt) for row in self.rows[: self.cfg.eval.kl_probe]]
-            self.probe.prepare(prompts, self.max_tokens, derive(self.cfg.seed, "probe"))
+        if self.probe is None or not self.rows:
+            return
+        with self.whole():
+            if self.team.is_main:
+                prompts = [self.encode(row.prompt) for row in self.rows[: self.cfg.eval.kl_probe]]
+                self.probe.prepare(prompts, self.max_tokens, derive(self.cfg.seed, "probe"))
 
     def __call__(self, step: int):
         if not self.rows:
@@ -57,19 +67,19 @@ class Measure:
         ctx = self.context()
         services: Any = ctx.services
         cost, seconds, hook_seconds = dict(services.cost), dict(services.seconds), dict(self.stack.seconds)
-        trajs, columns = hooked.rollouts(self.stack, ctx, self.engine, self.rows, how, self.encode)
+        with self.whole():
+            trajs, columns = hooked.rollouts(self.stack, ctx, self.engine, self.rows, how, self.encode, self.team)
+            distance = {"kl/start": self.probe.kl()} if self.probe is not None and self.team.is_main else {}
         services.cost.update(cost)
         services.seconds.clear()
         services.seconds.update(seconds)
         self.stack.seconds.clear()
         self.stack.seconds.update(hook_seconds)
-        frame = score_results(self.task, self.rows, hooked.as_results(trajs, e.samples), split=e.split).assign(
-            **columns
-        )
-        extra = {"eval/score": float(frame["score"].to_numpy().mean())}
-        if self.probe is not None:
-            extra["kl/start"] = self.probe.kl()
-        return frame, extra
+        if not self.team.is_main:
+            return None
+        results = hooked.as_results(trajs, e.samples)
+        frame = score_results(self.task, self.rows, results, split=e.split).assign(**columns)
+        return frame, {"eval/score": float(frame["score"].to_numpy().mean()), **distance}
 
 
 def of_trainer(trainer, cfg, folder: Path) -> Measure:
@@ -85,4 +95,6 @@ def of_trainer(trainer, cfg, folder: Path) -> Measure:
         stack=trainer.stack,
         context=lambda: trainer.new_context("eval"),
         folder=folder,
+        team=trainer.team,
+        whole=trainer.whole,
     )

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 INTERVAL = 10.0  # seconds between lines where nobody watches a terminal
+
+
+def progress_of(path: Path, headline: str, shown: bool = True) -> AbstractContextManager:
+    """A Progress, or nothing to see for a process that is not the first of its run."""
+    return Progress(path, headline) if shown else nullcontext(lambda *_: None)
 
 
 class Progress:

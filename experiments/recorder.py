@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from experiments import checkpoints
 from experiments.records import RunWriter
 from experiments.signals import StopSignals
+from experiments.team import ALONE, Team
 from methods.errors import RunError
 
 
@@ -46,10 +47,11 @@ class Recorder(TrainerCallback):
         keep: int,
         stop: StopSignals,
         progress: Callable[[int, int, dict], None],
+        team: Team = ALONE,
     ) -> None:
         self.writer, self.state_fn, self.evaluate_fn = writer, state, evaluate
         self.boundary, self.eval_every, self.keep = boundary, eval_every, keep
-        self.stop, self.progress = stop, progress
+        self.stop, self.progress, self.team = stop, progress, team
         self.seconds = 0.0  # training time of earlier sittings
         self._mark = time.perf_counter()
         self._logged_at = (0, 0.0)
@@ -69,7 +71,8 @@ class Recorder(TrainerCallback):
         return self.seconds + time.perf_counter() - self._mark
 
     def state(self) -> dict:
-        return {"trainer": self.state_fn(), "seconds": self.total_seconds, "last_logs": self.last_logs}
+        own = {"seconds": self.total_seconds, "last_logs": self.last_logs, "processes": self.team.size}
+        return {"trainer": self.state_fn(), **own}
 
     def load(self, step: int, state: dict) -> None:
         """Takes up the record where an earlier sitting saved it."""
@@ -87,7 +90,8 @@ class Recorder(TrainerCallback):
         due = self.eval_every and step % self.eval_every == 0
         if due or step >= args.max_steps:
             self._evaluate(step)
-        if self.stop.received is not None and step % self.boundary == 0:
+        if step % self.boundary == 0 and (received := self.team.largest(self.stop.received or 0)):
+            self.stop.received = received  # a signal that reached one process stops all, at the same step
             control.should_save = control.should_training_stop = True
         return control
 
@@ -109,16 +113,18 @@ class Recorder(TrainerCallback):
         values = {k: v for k, v in logs.items() if k not in drop and isinstance(v, (int, float))}
         self.last_logs = {**values, **self.extra, **timing}
         self.writer.log(step, self.last_logs)
+        logs.update(self.extra)  # for the trackers behind
         self.extra = {}
         self.progress(step, args.max_steps, self.last_logs)
 
     def on_save(self, args, state, control, **kw):
-        if not state.is_world_process_zero:
-            return
         self._pause()
         self._go()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        checkpoints.seal(folder, self.state(), self.keep)
+        self.team.largest(0)  # every process has written its part
+        if self.team.is_main:
+            checkpoints.seal(folder, self.state(), self.keep)
+        self.team.largest(0)  # nobody writes the next one, or is asked for it, before this one is whole
         self.writer.update(step=state.global_step)
         self._go()
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.files import os_errors
 from experiments.records import RunWriter, load_run
-from methods.errors import RecordError
+from methods.errors import AssayError, RecordError
 
 # What does not change the numbers of a run, and so does not make its record another one's.
 BOOKKEEPING = ("results_dir", "overwrite", "name", "record", "experiment", "arm")
@@ -67,15 +67,15 @@ def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 @contextmanager
-def only_writer(path: Path) -> Iterator[None]:
-    """Holds a run's folder for this process. RecordError if another process is writing there."""
+def only_writer(path: Path, patience: float = 0.0) -> Iterator[None]:
+    """Holds a run's folder for this process. RecordError if another process still writes there after `patience` s."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path.parent / f".{path.name}.lock")
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout:
             raise RecordError(
                 "another process is writing this run",
@@ -124,3 +124,21 @@ def spent_before(cfg: DictConfig) -> dict[str, float]:
     earliest = earlier.run.get("before") or {}
     counted = {k: v for k, v in spent.items() if k.startswith("cost/") or k in ("step", "time/total")}
     return {k: counted.get(k, 0) + earliest.get(k, 0) for k in {**earliest, **counted}}
+
+
+class Bystander(RunWriter):
+    """The writer of a process that is not the first of its run: it knows the folder and writes nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.run = path, {}
+
+    def _nothing(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    update = log = eval = sample = cut = finish = fail = _nothing
+
+
+def note_failure(path: Path, error: AssayError) -> None:
+    """Says in a record that is there why its run ended, in place of what its processes could say themselves."""
+    if (path / "run.json").is_file() and not (path / "summary.json").is_file():
+        RunWriter(path, load_run(path).run).fail("failed", str(error))

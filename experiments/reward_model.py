@@ -98,6 +98,7 @@ def train_reward_model(
     seed: int,
     callbacks: Sequence[Any] = (),
     resume: str | Path | None = None,
+    run_name: str | None = None,
 ) -> dict[str, float]:
     """Train the classifier `loaded.model` in place, a batch being `cfg.batch_size` pairs; as `sft.train_sft`."""
     from trl.trainer.reward_config import RewardConfig
@@ -107,7 +108,7 @@ def train_reward_model(
         batches = make_batches(rows, loaded, cfg, seed)
         trainer = RewardTrainer(
             model=loaded.model,
-            args=arguments(RewardConfig, cfg, len(batches.trained_tokens) - 1, Path(output_dir), seed),
+            args=arguments(RewardConfig, cfg, len(batches.trained_tokens) - 1, Path(output_dir), seed, run_name),
             train_dataset=batches.dataset,
             processing_class=loaded.tokenizer,
             callbacks=[costs_callback(batches), *callbacks],

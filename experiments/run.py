@@ -11,11 +11,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import batching, checkpoints, generation
+from experiments import batching, checkpoints, generation, launching, tracking
 from experiments.files import os_errors
-from experiments.recording import already_done, make_room, only_writer, open_record, run_folder
+from experiments.recording import Bystander, already_done, make_room, note_failure, only_writer, open_record, run_folder
 from experiments.records import RunWriter
 from experiments.seeds import derive
+from experiments.team import ALONE, Team
 from experiments.tokenizers import plain_text
 from methods.errors import AssayError, ConfigError, DataError, RunError, nearest
 
@@ -77,16 +78,17 @@ def is_supervised(cfg: DictConfig) -> bool:
 
 def check(cfg: DictConfig) -> None:
     """Everything that can be refused without loading a model; the command line calls it for every run of a sweep."""
+    tracking.check(cfg.record.report_to)
     if is_supervised(cfg):
         if cfg.method:
             what = f"methods hook into RL; objective.trainer={cfg.objective.trainer} has none"
             raise ConfigError(what, where="method", got=list(cfg.method), fix="method=[]")
         batching.log_every(cfg, period=1)
+        launching.processes(cfg.scale)
         return
-    batches = batching.plan(cfg.trainer)
+    batches = batching.plan(cfg.trainer, launching.processes(cfg.scale))
     batching.log_every(cfg, batches.period)
-    if batches.world > 1:
-        raise ConfigError("runs on several processes are not offered yet", where="WORLD_SIZE", got=batches.world)
+    launching.check(cfg)
     for key, low, high in BOUNDS:
         value = OmegaConf.select(cfg, key)
         if value is not None and not low <= value <= high:
@@ -136,15 +138,32 @@ def run(cfg: DictConfig) -> Path:
         print(f"{path}: finished earlier, skipped", file=sys.stderr)
         return path
     check(cfg)
-    with only_writer(path):
-        _record(path, cfg)
+    launching.check_machine(cfg.scale)
+    if launching.processes(cfg.scale) == launching.started():
+        take_part(cfg)
+        return path
+    try:
+        launching.start(cfg)
+    except AssayError as error:
+        note_failure(path, error)
+        raise
     return path
 
 
-def _record(path: Path, cfg: DictConfig) -> None:
-    make_room(path, cfg)
-    limits = {"max_samples": cfg.record.max_samples, "samples_per_step": cfg.record.samples_per_step}
-    writer = open_record(path, cfg, "train", **limits)
+def take_part(cfg: DictConfig) -> None:
+    """The run in this process, which is one of several if a launcher started it; the first one keeps the record."""
+    path = run_folder(cfg)
+    if not launching.is_main():
+        _recorded(Bystander(path), cfg)
+        return
+    with only_writer(path, patience=5.0 if launching.started() > 1 else 0.0):
+        make_room(path, cfg)
+        limits = {"max_samples": cfg.record.max_samples, "samples_per_step": cfg.record.samples_per_step}
+        _recorded(open_record(path, cfg, "train", **limits), cfg)
+
+
+def _recorded(writer: RunWriter, cfg: DictConfig) -> None:
+    path = writer.path
     try:
         with os_errors(path):
             _train(cfg, writer)
@@ -172,14 +191,15 @@ def _train(cfg: DictConfig, writer: RunWriter) -> None:
     task = instantiate(cfg.task)
     loaded = instantiate(cfg.model).load(task, cfg.seed, results_dir=cfg.results_dir)
     threads_for(loaded)
+    team = Team.meet(launching.processes(cfg.scale), use_cpu=device_arguments(cfg.scale)["use_cpu"])
     rows = task.rows("train", cfg.seed)
     with StopSignals() as stop:
         if is_supervised(cfg):
             from experiments.supervised import train
 
-            train(cfg, writer, task, loaded, rows, stop)
+            train(cfg, writer, task, loaded, rows, stop, team)
         else:
-            _train_rl(cfg, writer, task, loaded, rows, stop)
+            _train_rl(cfg, writer, task, loaded, rows, stop, team)
 
 
 def quiet() -> None:
@@ -201,15 +221,15 @@ def threads_for(loaded) -> None:
         torch.set_num_threads(1)
 
 
-def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> None:
+def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop, team: Team) -> None:
     from transformers import PrinterCallback
 
     from experiments import hooked, measure, rewards
     from experiments.engines.build import instantiate
-    from experiments.progress import Progress
+    from experiments.progress import progress_of
     from experiments.recorder import Recorder
 
-    batches = batching.plan(cfg.trainer)
+    batches = batching.plan(cfg.trainer, team.size)
     if len(rows) < batches.prompts_per_generation:
         raise DataError(
             "the task has too few training rows",
@@ -218,14 +238,13 @@ def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> N
             expected=f"at least {batches.prompts_per_generation}, the prompts of one generation",
             fix="lower trainer.prompts_per_step or give more rows",
         )
-    trainer = build_trainer(
-        cfg, batches, task, loaded, rows, rewards.build(cfg.reward, task), writer.path / "checkpoints"
-    )
+    specs = rewards.build(cfg.reward, task)
+    trainer = build_trainer(cfg, batches, task, loaded, rows, specs, writer.path / "checkpoints", team)
     if cfg.get("judge"):
         trainer.services.judge_engine = instantiate(cfg.judge)
     trainer.remove_callback(PrinterCallback)
     meter = measure.of_trainer(trainer, cfg, writer.path)
-    with Progress(writer.path, str(batches)) as progress:
+    with progress_of(writer.path, str(batches), shown=team.is_main) as progress:
         recorder = Recorder(
             writer,
             state=trainer.state_dict,
@@ -235,8 +254,11 @@ def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> N
             keep=cfg.trainer.keep_checkpoints,
             stop=stop,
             progress=progress,
+            team=team,
         )
         trainer.attach(recorder, writer.sample, cfg.record.samples_per_step)
+        for callback in tracking.callbacks(cfg, writer.path) if team.is_main else ():
+            trainer.add_callback(callback)
         trainer.stack.inherit(hooked.saved_states(cfg))
         resume = resume_from(writer, recorder, trainer.load_state_dict)
         meter.prepare()
@@ -246,32 +268,38 @@ def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> N
             trainer._load_from_checkpoint(str(resume))
     if stop.received is not None and recorder.step < cfg.trainer.max_steps:
         raise KeyboardInterrupt(stop.received)
-    finish(
-        writer, loaded, trainer.accelerator.unwrap_model(trainer.model), recorder, trainer.state_dict(), trainer.cost
-    )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = trainer.full_weights()
+    if team.is_main:
+        finish(writer, loaded, model, recorder, trainer.state_dict(), trainer.cost, weights)
 
 
 def resume_from(writer: RunWriter, recorder, load_state) -> Path | None:
     """The checkpoint to go on from (state loaded, record cut back to it), or None for a start from the beginning."""
     folder = writer.path / "checkpoints"
-    checkpoint = checkpoints.latest(folder)
+    checkpoint = recorder.team.from_main(lambda: checkpoints.latest(folder))
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
     if checkpoint:
         state = checkpoints.read_state(checkpoint)
+        checkpoints.refuse_other_team(checkpoint, state, recorder.team.size)
         load_state(state["trainer"])
         recorder.load(step, state)
-        print(f"going on from step {step}", file=sys.stderr)
+        if recorder.team.is_main:
+            print(f"going on from step {step}", file=sys.stderr)
         writer.cut(step)
     else:
         writer.cut(-1)
     return checkpoint
 
 
-def finish(writer: RunWriter, loaded, model, recorder, state: dict, cost: dict) -> None:
-    """Exports the model with its methods' state, writes the summary, drops the checkpoints unless several are kept."""
+def finish(writer: RunWriter, loaded, model, recorder, state: dict, cost: dict, weights: dict | None = None) -> None:
+    """Exports the model with its methods' state, writes the summary, drops the checkpoints unless several are kept.
+
+    weights: the full state dict of a model whose own is sharded.
+    """
     from experiments.weights import export
 
-    folder = export(model, loaded.processor or loaded.tokenizer, writer.path / "model")
+    folder = export(model, loaded.processor or loaded.tokenizer, writer.path / "model", weights)
     checkpoints.write_state(folder, {"trainer": state, "seconds": recorder.total_seconds})
     last = {k: v for k, v in recorder.last_logs.items() if isinstance(v, (int, float))}
     writer.update(step=recorder.step)
@@ -280,7 +308,9 @@ def finish(writer: RunWriter, loaded, model, recorder, state: dict, cost: dict) 
         shutil.rmtree(writer.path / "checkpoints", ignore_errors=True)
 
 
-def build_trainer(cfg: DictConfig, batches: batching.BatchPlan, task, loaded, rows, reward_specs, folder: Path):
+def build_trainer(
+    cfg: DictConfig, batches: batching.BatchPlan, task, loaded, rows, reward_specs, folder: Path, team: Team = ALONE
+):
     """The trainer of one run; `folder` takes its checkpoints."""
     from transformers import set_seed
     from trl.trainer.grpo_config import GRPOConfig
@@ -315,10 +345,13 @@ def build_trainer(cfg: DictConfig, batches: batching.BatchPlan, task, loaded, ro
         logging_nan_inf_filter=False,  # it would show a NaN as the mean of the losses before it
         save_strategy="steps",
         save_steps=t.save_every or t.max_steps,
-        report_to=cfg.record.report_to,
+        report_to="none",  # trackers are called behind the recorder
+        run_name=tracking.run_name(cfg),
+        project="assay",
         disable_tqdm=True,
         dataloader_pin_memory=False,
         seed=seed,
+        ddp_find_unused_parameters=hasattr(loaded.model.config, "num_experts"),
         **generation.arguments(cfg.get("generation"), task),
         **device_arguments(cfg.scale),
     )
@@ -330,13 +363,14 @@ def build_trainer(cfg: DictConfig, batches: batching.BatchPlan, task, loaded, ro
         wrap_prompt=PromptWrapper(loaded.chat),
         seed=cfg.seed,
         args=args,
+        team=team,
         model=loaded.model,
         processing_class=loaded.processor or loaded.tokenizer,
     )
 
 
 def device_arguments(scale: DictConfig) -> dict[str, Any]:
-    """use_cpu, bf16 and gradient_checkpointing of TrainingArguments from the scale group."""
+    """use_cpu, bf16, gradient_checkpointing (and Liger) of TrainingArguments from the scale group."""
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -344,4 +378,5 @@ def device_arguments(scale: DictConfig) -> dict[str, Any]:
         raise ConfigError("there is no GPU here", where="scale.device", got="gpu", fix="scale=cpu or scale=auto")
     gpu = has_gpu if scale.device == "auto" else scale.device == "gpu"
     bf16 = gpu if scale.bf16 == "auto" else bool(scale.bf16)
-    return {"use_cpu": not gpu, "bf16": bf16, "gradient_checkpointing": scale.gradient_checkpointing}
+    made = {"use_cpu": not gpu, "bf16": bf16, "gradient_checkpointing": scale.gradient_checkpointing}
+    return made | ({"use_liger_kernel": True} if scale.get("liger") else {})

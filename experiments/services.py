@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from experiments.seeds import derive
+from experiments.team import ALONE
 from experiments.tools import ToolRunner
 from methods.base import Trajectory, assemble
 from methods.errors import ConfigError
@@ -23,9 +24,13 @@ EMBED_DIM = 512
 
 
 class Services:
-    """Services around an engine; every call is timed under `time/service/<kind>`, apart from the hooks."""
+    """Services around an engine; every call is timed under `time/service/<kind>`, apart from the hooks.
 
-    step, rank = 0, 0
+    On several processes all make the same calls and the work is divided; inside `apart()` each works for itself alone.
+    """
+
+    step = 0
+    team = ALONE
 
     def __init__(self, engine: Any, task: Any, seed: int, limits: SimpleNamespace, tokenizer: Any = None) -> None:
         self._engine, self.task, self.seed, self.limits, self.tokenizer = engine, task, seed, limits, tokenizer
@@ -34,6 +39,7 @@ class Services:
         self.seconds: dict[str, float] = defaultdict(float)
         self._orders: dict[tuple[int, str], np.ndarray] = {}
         self._depth = 0
+        self._apart = False
         self._runner: ToolRunner | None = None
         self._calls: Counter[str] = Counter()
         self._calls_step = -1
@@ -41,6 +47,23 @@ class Services:
     @property
     def engine(self) -> Any:
         return self._engine
+
+    @property
+    def rank(self) -> int:
+        """What random streams are told apart by: all processes draw the same, except apart."""
+        return self.team.rank if self._apart else 0
+
+    @contextmanager
+    def apart(self):
+        """Inside, calls are this process's own, on rows that no other process has."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
+
+    def _divided(self, items: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
+        return list(work(items)) if self._apart else self.team.divided(items, work)
 
     @contextmanager
     def counted(self, kind: str):
@@ -94,17 +117,22 @@ class Services:
         with self.counted("generate"):
             requests = [Request(**r) if isinstance(r, dict) else r for r in requests]
             seeded = [replace(r, seed=derive(base, i)) if r.seed is None else r for i, r in enumerate(requests)]
-            results = self.engine.generate(seeded)
-            self.cost["generated_tokens"] += sum(r.usage.completion_tokens for rs in results for r in rs)
+            return self._divided(seeded, self._generated)
+
+    def _generated(self, requests: Sequence[Any]) -> list[list[Any]]:
+        results = self.engine.generate(requests)
+        self.cost["generated_tokens"] += sum(r.usage.completion_tokens for rs in results for r in rs)
         return results
 
     def score(self, texts: Sequence[str], rows: Sequence[Any]) -> list[float]:
         with self.counted("score"):
-            return [self.task.score(text, row) for text, row in zip(texts, rows, strict=True)]
+            pairs = list(zip(texts, rows, strict=True))
+            return self._divided(pairs, lambda some: [self.task.score(text, row) for text, row in some])
 
     def measure(self, texts: Sequence[str], rows: Sequence[Any]) -> list[dict[str, float]]:
         with self.counted("score"):
-            return [self.task.metrics(text, row) for text, row in zip(texts, rows, strict=True)]
+            pairs = list(zip(texts, rows, strict=True))
+            return self._divided(pairs, lambda some: [self.task.metrics(text, row) for text, row in some])
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), 512) unit vectors of hashed words and character trigrams: needs no model, same everywhere.
@@ -133,8 +161,12 @@ class Services:
                 fix="add +engine@judge=openai judge.url=http://localhost:8000/v1",
             )
         with self.counted("judge"):
-            self.cost["judge_calls"] += len(requests)
-            return self.judge_engine.generate([Request(**r) if isinstance(r, dict) else r for r in requests])
+            asked = [Request(**r) if isinstance(r, dict) else r for r in requests]
+            return self._divided(asked, self._judged)
+
+    def _judged(self, requests: Sequence[Any]) -> list[list[Any]]:
+        self.cost["judge_calls"] += len(requests)
+        return self.judge_engine.generate(requests)
 
     def forward(self, trajs: list[Trajectory], what: Sequence[str]) -> dict[str, Tensor]:
         raise ConfigError("a method asks for a forward pass, which only training gives", fix="guard it with ctx.mode")
@@ -151,7 +183,14 @@ class Services:
             return self._runner(jobs)
 
     def gather(self, x: Tensor) -> Tensor:
-        return x
+        """x itself where all processes have the same; apart, the parts of all processes."""
+        if not self._apart or self.team.size == 1:
+            return x
+        return torch.cat([part.to(x.device) for part in self.team.joined([x.cpu()])])
+
+    def divided_rows(self, count: int, work: Callable[[slice], Tensor]) -> Tensor:
+        """work(slice) gives a tensor with one row for each of `count` things; each process computes a part."""
+        return work(slice(0, count)) if self._apart else self.team.divided_rows(count, work)
 
     def rng(self, name: str) -> np.random.Generator:
         return np.random.default_rng(derive(self.seed, "method", name, self.rank))
@@ -180,7 +219,7 @@ class TrainingServices(Services):
         )
         super().__init__(None, task, seed, limits, trainer._tokenizer)
         self.trainer, self.cost = trainer, trainer.cost
-        self.rank = trainer.accelerator.process_index
+        self.team = trainer.team
 
     @property
     def step(self) -> int:
@@ -209,10 +248,6 @@ class TrainingServices(Services):
 
     def _charge(self, seconds: float) -> None:
         self.trainer.stack.service_seconds += seconds
-
-    def gather(self, x: Tensor) -> Tensor:
-        accelerator = self.trainer.accelerator
-        return accelerator.gather(x.to(accelerator.device)).to(x.device) if accelerator.num_processes > 1 else x
 
     def forward(self, trajs: list[Trajectory], what: Sequence[str]) -> dict[str, Tensor]:
         """logps, entropies, ref_logps as (S, T), hidden as (S, T, D), rows in trajectory order."""

@@ -52,6 +52,7 @@ class SFTSettings:
     max_grad_norm: float = 1.0
     bf16: bool = False
     gradient_checkpointing: bool = False
+    use_liger_kernel: bool = False
     use_cpu: bool | None = None
     logging_steps: int = 10
     save_steps: int = 0
@@ -146,21 +147,22 @@ def train_sft(
     callbacks: Sequence[Any] = (),
     progress: bool | str = True,
     resume: str | Path | None = None,
+    run_name: str | None = None,
 ) -> dict[str, float]:
     """Fine-tune `loaded.model` in place on `rows` and return its last metrics.
 
     Callbacks are transformers' TrainerCallbacks; the logs they see carry `cost/trained_tokens` and
     `cost/forwarded_tokens` (cumulative, exact). Checkpoints go to `output_dir/checkpoint-<step>`; `resume` is
-    such a folder. `progress` may be a label. On one CPU thread the weights are a function of the model, the
-    rows, the settings and `seed`, bit for bit; the caller's random streams are as before afterwards.
+    such a folder. `progress` may be a label, `run_name` is for trackers. On one CPU thread the weights are a function
+    of the model, the rows, the settings and `seed`, bit for bit; the caller's random streams are as before afterwards.
     Returns loss, steps, seconds, trained_tokens, forwarded_tokens, truncated_rows. RunError if the loss is
     not finite.
     """
     with untouched_random_state():
-        return _train(loaded, rows, cfg, Path(output_dir), seed, callbacks, progress, resume)
+        return _train(loaded, rows, cfg, Path(output_dir), seed, callbacks, progress, resume, run_name)
 
 
-def _train(loaded, rows, cfg, output_dir, seed, callbacks, progress, resume) -> dict[str, float]:
+def _train(loaded, rows, cfg, output_dir, seed, callbacks, progress, resume, run_name) -> dict[str, float]:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -172,7 +174,7 @@ def _train(loaded, rows, cfg, output_dir, seed, callbacks, progress, resume) -> 
     prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}}
     trainer = SFTTrainer(
         model=loaded.model,
-        args=arguments(SFTConfig, cfg, steps, output_dir, seed, **prepared),
+        args=arguments(SFTConfig, cfg, steps, output_dir, seed, run_name, **prepared),
         train_dataset=batches.dataset,
         processing_class=loaded.tokenizer,
         callbacks=[*own, *callbacks],
@@ -198,7 +200,9 @@ def fit(trainer: Any, batches: Batches, resume: str | Path | None) -> dict[str, 
     }
 
 
-def arguments(kind: Any, cfg: SFTSettings, steps: int, output_dir: Path, seed: int, **more: Any) -> Any:
+def arguments(
+    kind: Any, cfg: SFTSettings, steps: int, output_dir: Path, seed: int, run_name: str | None, **more: Any
+) -> Any:
     """The training arguments of class `kind`, TRL's SFTConfig or RewardConfig."""
     import torch
 
@@ -229,6 +233,7 @@ def arguments(kind: Any, cfg: SFTSettings, steps: int, output_dir: Path, seed: i
             use_cpu=not torch.cuda.is_available() if cfg.use_cpu is None else cfg.use_cpu,
             bf16=cfg.bf16,
             gradient_checkpointing=cfg.gradient_checkpointing,
+            use_liger_kernel=cfg.use_liger_kernel,
             logging_steps=cfg.logging_steps,
             logging_nan_inf_filter=False,  # it would replace a NaN by the mean of the losses before it
             save_strategy="steps" if cfg.save_steps else "no",
@@ -236,6 +241,8 @@ def arguments(kind: Any, cfg: SFTSettings, steps: int, output_dir: Path, seed: i
             dataloader_pin_memory=False,
             disable_tqdm=True,
             report_to="none",
+            run_name=run_name,
+            project="assay",
             **more,
         )
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from experiments.records import RunWriter
 from experiments.seeds import derive
+from experiments.team import Team
 
 
 def settings(cfg: DictConfig):
@@ -32,18 +33,18 @@ def settings(cfg: DictConfig):
     )
 
 
-def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list, stop) -> None:
+def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list, stop, team: Team) -> None:
     """Fine-tunes on the rows' demonstrations or pairs and records the run; resumable at every saved step."""
     from experiments import run as running
-    from experiments.progress import Progress
+    from experiments import tracking
+    from experiments.progress import progress_of
     from experiments.recorder import Recorder
     from experiments.weights import load_weights
 
-    sft, what = settings(cfg), "pairs" if cfg.objective.trainer == "reward" else "demonstrations"
-    loaded, fit, measure = (_reward if cfg.objective.trainer == "reward" else _sft)(
-        cfg, task, loaded, rows, writer.path
-    )
-    with Progress(writer.path, f"one step = {sft.batch_size} {what}") as progress:
+    sft, pairs = settings(cfg), cfg.objective.trainer == "reward"
+    loaded, fit, measure = (_reward if pairs else _sft)(cfg, task, loaded, rows, writer.path, team)
+    what = "pairs" if pairs else "demonstrations"
+    with progress_of(writer.path, f"one step = {sft.batch_size} {what}", shown=team.is_main) as progress:
         recorder = Recorder(
             writer,
             state=dict,
@@ -53,33 +54,37 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
             keep=cfg.trainer.keep_checkpoints,
             stop=stop,
             progress=progress,
+            team=team,
         )
         resume = running.resume_from(writer, recorder, lambda state: None)
         measure.prepare()
         seed = derive(cfg.seed, "train")
         folder = writer.path / "checkpoints"
         if recorder.step < cfg.trainer.max_steps:
-            fit(sft, output_dir=folder, seed=seed, callbacks=[recorder], resume=resume)
+            callbacks = [recorder, *(tracking.callbacks(cfg, writer.path) if team.is_main else ())]
+            more = {"resume": resume, "run_name": tracking.run_name(cfg)}
+            fit(sft, output_dir=folder, seed=seed, callbacks=callbacks, **more)
         else:  # killed between the last checkpoint and the summary: nothing is left to train
             load_weights(loaded.model, str(resume))
     if stop.received is not None and recorder.step < cfg.trainer.max_steps:
         raise KeyboardInterrupt(stop.received)
     kinds = ("trained_tokens", "forwarded_tokens", "generated_tokens", "judge_calls")
     cost = {k: recorder.last_logs.get(f"cost/{k}", 0) for k in kinds}
-    running.finish(writer, loaded, loaded.model, recorder, {}, cost)
+    if team.is_main:
+        running.finish(writer, loaded, loaded.model, recorder, {}, cost)
 
 
-def _sft(cfg: DictConfig, task: Any, loaded: Any, rows: list, folder) -> tuple[Any, Any, Any]:
+def _sft(cfg: DictConfig, task: Any, loaded: Any, rows: list, folder, team: Team) -> tuple[Any, Any, Any]:
     """(model, how to train it, how to measure it) of objective=sft."""
     from functools import partial
 
     from experiments.sft import train_sft
 
     shown = demonstrated(rows, cfg.objective.train_mistakes)
-    return loaded, partial(train_sft, loaded, shown, progress=False), _measure(cfg, task, loaded, folder)
+    return loaded, partial(train_sft, loaded, shown, progress=False), _measure(cfg, task, loaded, folder, team)
 
 
-def _reward(cfg: DictConfig, task: Any, loaded: Any, rows: list, folder) -> tuple[Any, Any, Any]:
+def _reward(cfg: DictConfig, task: Any, loaded: Any, rows: list, folder, team: Team) -> tuple[Any, Any, Any]:
     """(model, how to train it, how to measure it) of objective=reward_model."""
     from functools import partial
 
@@ -118,7 +123,7 @@ def _without_mistakes(row: Any) -> Any:
     return replace(row, meta=row.meta | {"messages": messages})
 
 
-def _measure(cfg: DictConfig, task: Any, loaded: Any, folder):
+def _measure(cfg: DictConfig, task: Any, loaded: Any, folder, team: Team):
     """The measure of a run on demonstrations: an empty stack over the live model."""
     from types import SimpleNamespace
 
@@ -132,6 +137,7 @@ def _measure(cfg: DictConfig, task: Any, loaded: Any, folder):
 
     engine = TransformersEngine(loaded.model, loaded.tokenizer, chat=loaded.chat)
     services = Services(engine, task, cfg.seed, SimpleNamespace(), loaded.tokenizer)
+    services.team = team
     return Measure(
         cfg,
         task,
@@ -143,4 +149,5 @@ def _measure(cfg: DictConfig, task: Any, loaded: Any, folder):
         stack=Stack([], Objective()),
         context=lambda: Context("eval", 0, 0, 1, services=services),
         folder=folder,
+        team=team,
     )

@@ -3,7 +3,8 @@
 One generation: `prepare_rows -> rollout -> rewards` (repeated by dynamic sampling) `-> assemble -> token_rewards ->
 base_advantages -> advantages -> select -> fill`, then TRL shuffles and slices. One micro-batch: forward,
 `token_advantages -> clip_range -> loss -> extra_loss`. TRL keeps the loop, the generation back-ends, the fused
-log-prob forward, the reference model, checkpoints and the data order.
+log-prob forward, the reference model, checkpoints and the data order. On several processes every one of them sees the
+whole generation in its hooks and trains on its own rows (`experiments.team`).
 
 Not carried over from TRL and therefore not offered: images in tool results, entropy bonus and entropy masks,
 off-policy masks, MoE auxiliary loss.
@@ -22,11 +23,12 @@ from transformers import Trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from experiments import collect, generation, rollout, trl_tools, vision
+from experiments import collect, generation, resample, rollout, trl_tools, vision
 from experiments.optim import add_modules
 from experiments.recorder import AfterStep
 from experiments.seeds import derive
 from experiments.services import TrainingServices
+from experiments.team import ALONE, Team, all_weights
 from experiments.tokenizers import chat_ids, prefilled
 from experiments.trl_check import require_trl
 from methods.base import Batch, ConfigError, Context, LossContext, Trajectory, assemble
@@ -40,7 +42,8 @@ def _unused_reward(*_, **__) -> list[float | None]:
 class AssayTrainer(GRPOTrainer):
     """GRPOTrainer whose generation, scoring and loss go through a Stack.
 
-    rows: training rows; rewards: ordered RewardSpecs; task: for ctx.score and ctx.env; wrap_prompt: prompt for TRL.
+    rows: training rows; rewards: ordered RewardSpecs; task: for ctx.score and ctx.env; wrap_prompt: prompt for TRL;
+    team: the processes of the run.
     kw: GRPOTrainer's own; `tools` and `environment_factory` run TRL's tool loop (see `experiments.trl_tools`).
     """
 
@@ -51,12 +54,16 @@ class AssayTrainer(GRPOTrainer):
     num_generations: int
     max_completion_length: int
 
-    def __init__(self, *, stack: Stack, rows, rewards, task, wrap_prompt, seed: int, args: GRPOConfig, **kw):
+    team: Team
+
+    def __init__(
+        self, *, stack: Stack, rows, rewards, task, wrap_prompt, seed: int, args: GRPOConfig, team=ALONE, **kw
+    ):
         require_trl()
         self.stack, self.rows, self.reward_specs, self.task = stack, rows, rewards, task
-        self.wrap_prompt = wrap_prompt
+        self.wrap_prompt, self.team = wrap_prompt, team
         self.meter = collect.Meter()
-        self.cost = {k: 0 for k in ("generated_tokens", "trained_tokens", "forwarded_tokens", "judge_calls")}
+        self.cost = collect.Cost()
         self._write_sample: Callable[[dict], Any] | None = None
         self.last_ctx: Context | None = None
         self.stream_position = 0  # prompts that dynamic sampling has drawn beside the data order
@@ -92,7 +99,6 @@ class AssayTrainer(GRPOTrainer):
             services=self.services,
             temperature=self.args.temperature,
             top_p=self.args.top_p,
-            first_group=self._first_group,
         )
         for r in self.reward_specs:
             ctx.add_reward(r.name, r.role, r.weight)
@@ -102,9 +108,25 @@ class AssayTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         started = time.perf_counter()
         ctx = self.new_context("train")
-        self._draw([self.rows[i["index"]] for i in inputs], ctx)
+        with self.whole():
+            output = self._generation([self.rows[k] for k in self.team.joined([i["index"] for i in inputs])], ctx)
+        self.last_ctx = ctx
+        self.meter["time/generation"].append(time.perf_counter() - started)
+        return output
+
+    def whole(self):
+        """Inside, every process has all weights, so that processes may differ in how often they forward them."""
+        return all_weights(self.model_wrapped, self)
+
+    def full_weights(self) -> dict[str, Tensor] | None:
+        """The model's whole state dict on the first process where weights are sharded; None where they are not."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
+
+    def _generation(self, rows, ctx: Context) -> dict[str, Tensor]:
+        self.draw(rows, ctx)
         if self.stack.objective.dynamic_sampling:
-            self._redraw_dead_groups(ctx)
+            resample.replace_dead_groups(self, ctx)
         else:
             ctx.rewards_all = {name: ctx.reward(name) for name in ctx.reward_names}
         batch = assemble(ctx.trajs, self._tokenizer.pad_token_id, self.accelerator.device)
@@ -113,20 +135,23 @@ class AssayTrainer(GRPOTrainer):
         self.stack.token_rewards(ctx.trajs, ctx)
         batch.adv_ST = self.stack.advantages(ctx)
         selected = self.stack.select(batch, ctx)
+        if self.team.size > 1:
+            self.team.agree("the rollouts that they train on", collect.fingerprint(selected))
         self._log_generation(ctx, selected)
-        output = self._to_inputs(batch, selected)
-        self.last_ctx = ctx
-        self.meter["time/generation"].append(time.perf_counter() - started)
-        return output
+        return self._to_inputs(batch, selected)
 
-    def _draw(self, rows, ctx: Context, first_group: int = 0) -> None:
-        """prepare_rows, rollout and rewards of one draw; fills ctx.rows and ctx.trajs."""
+    def draw(self, rows, ctx: Context, first_group: int = 0) -> None:
+        """prepare_rows, rollout and rewards of one draw; fills ctx.rows and ctx.trajs. Rollouts are divided."""
         ctx.rows = self.stack.prepare_rows(rows, ctx)
-        ctx.trajs = self.stack.rollout(ctx.rows, ctx, self.default_rollout)
-        if first_group:
-            for t in ctx.trajs:
-                t.group_id += first_group
-        collect.score(ctx.trajs, self.reward_specs, step=ctx.step)
+        mine = self.team.part(len(rows), self.num_generations)
+        ctx.first_group = self._first_group = first_group + mine.start // self.num_generations
+        trajs = []
+        if rows[mine]:
+            with self.services.apart():
+                trajs = self.stack.rollout(ctx.rows[mine], ctx, self.default_rollout)
+        collect.score(trajs, self.reward_specs, step=ctx.step)
+        ctx.trajs = self.team.trajectories(trajs, ctx.rows)
+        collect.refuse_unscored(ctx.trajs, self.reward_specs, step=ctx.step)
         self.stack.rewards(ctx.trajs, ctx)
 
     def _tokenize_prompts(self, prompts):
@@ -177,39 +202,6 @@ class AssayTrainer(GRPOTrainer):
             for episode, row, prompt, slot in zip(done, rows, prompts, slots, strict=True)
         ]
 
-    @property
-    def _first_group(self) -> int:
-        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        return self.accelerator.process_index * (rows // self.num_generations)
-
-    def _redraw_dead_groups(self, ctx: Context) -> None:
-        """Dynamic sampling: groups whose rewards are all equal are replaced by new prompts, up to max_draws draws."""
-        kept, every, draws = ctx.trajs, [ctx.trajs], 1
-        names = collect.learning_names(ctx)
-        dead = collect.dead_groups(kept, names)
-        while self._any_rank(bool(dead)) and draws < getattr(self.stack.objective, "max_draws", 1):
-            rows = self._fresh_rows(max(len(dead), 1))
-            offset = (draws * self.accelerator.num_processes) * len(self.rows)
-            self._draw([row for row in rows for _ in range(self.num_generations)], ctx, first_group=offset)
-            every.append(ctx.trajs)
-            kept = collect.replace_groups(kept, dead, ctx.trajs, names)
-            dead = collect.dead_groups(kept, names)
-            draws += 1
-        ctx.trajs = [t for draw in every for t in draw]
-        ctx.rewards_all = {name: ctx.reward(name) for name in ctx.reward_names}
-        ctx.trajs = kept
-        ctx.rows = [t.row for t in kept]
-        self.meter["groups/draws"].append(draws)
-
-    def _fresh_rows(self, count: int):
-        start = self.stream_position + self.accelerator.process_index
-        order = self.services.order(len(self.rows), "dynamic_sampling")
-        self.stream_position += count * self.accelerator.num_processes
-        return [self.rows[order[(start + k * self.accelerator.num_processes) % len(order)]] for k in range(count)]
-
-    def _any_rank(self, flag: bool) -> bool:
-        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device)).any())
-
     # ---- forwards ----
     def _forward_needs(self, batch: Batch) -> None:
         """Old log-probs, entropies and reference log-probs: each computed once for the whole stack, where needed."""
@@ -226,19 +218,25 @@ class AssayTrainer(GRPOTrainer):
 
     def score_tokens(self, batch: Batch, entropies: bool = False, model=None) -> tuple[Tensor, Tensor | None]:
         """(S, T) log-probs, and entropies if asked, of the completions under the policy (or `model`)."""
-        ids, mask = batch.sequences()
-        self.cost["forwarded_tokens"] += int(mask.sum())
-        with self.services.counted("forward"):
-            logps, ents, _ = self._get_per_token_logps_and_entropies(
+
+        def work(part: slice) -> Tensor:
+            some = batch.rows_at(part)
+            ids, mask = some.sequences()
+            self.cost["forwarded_tokens"] += int(mask.sum())
+            logps, entropies_ST, _ = self._get_per_token_logps_and_entropies(
                 self.model if model is None else model,
                 ids,
                 mask,
-                batch.completion_ids_ST.size(1),
+                some.completion_ids_ST.size(1),
                 batch_size=self.args.per_device_train_batch_size,
                 compute_entropy=entropies,
-                **vision.batch_inputs(self, batch, ids),
+                **vision.batch_inputs(self, some, ids),
             )
-        return logps, ents
+            return torch.stack([logps, entropies_ST], 1) if entropies else logps.unsqueeze(1)
+
+        with self.services.counted("forward"):
+            found = self.services.divided_rows(batch.rows, work)
+        return found[:, 0], found[:, 1] if entropies else None
 
     def reference_logps(self, batch: Batch) -> Tensor:
         if self.ref_model is not None:
@@ -249,56 +247,50 @@ class AssayTrainer(GRPOTrainer):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """(S, T, D) states from which each completion token was predicted."""
-        ids, mask = batch.sequences()
-        self.cost["forwarded_tokens"] += int(mask.sum())
         decoder = self.accelerator.unwrap_model(self.model).get_decoder()
         limit, width = self.args.per_device_train_batch_size, batch.completion_ids_ST.size(1)
-        parts = [
-            decoder(input_ids=ids[k : k + limit], attention_mask=mask[k : k + limit])[0][:, -width - 1 : -1]
-            for k in range(0, batch.rows, limit)
-        ]
-        return torch.cat(parts)
+
+        def work(part: slice) -> Tensor:
+            ids, mask = batch.rows_at(part).sequences()
+            self.cost["forwarded_tokens"] += int(mask.sum())
+            parts = [
+                decoder(input_ids=ids[k : k + limit], attention_mask=mask[k : k + limit])[0][:, -width - 1 : -1]
+                for k in range(0, len(ids), limit)
+            ]
+            return torch.cat(parts)
+
+        return self.services.divided_rows(batch.rows, work)
 
     def _catch_hidden(self, module, args, output) -> None:
         self._hidden = output[0]
 
     # ---- from trajectories to TRL's dict ----
     def _to_inputs(self, generated: Batch, selected: Batch) -> dict[str, Tensor]:
-        slices, limit = self.args.steps_per_generation, self.args.per_device_train_batch_size
-        regular = selected is generated and selected.row_weight_S is None and selected.rows == slices * limit
-        untouched = not self._any_rank(not regular)
+        slices, rows = self.args.steps_per_generation, self.args.generation_batch_size
+        untouched = selected is generated and selected.row_weight_S is None and selected.rows == rows
         if not untouched:
-            selected = collect.fill(selected.trim(), slices, self.accelerator)
+            selected = collect.fill(selected.trim(), slices, self.team.size)
+        tokens = selected.model_mask_ST.sum()
+        selected = self.team.rows_of(selected)
         self.cost["trained_tokens"] += int(selected.model_mask_ST.sum()) * self.num_iterations
-        tokens = self.accelerator.gather(selected.model_mask_ST.sum()).sum()
-        out = {
-            "prompt_ids": selected.prompt_ids_SP,
-            "prompt_mask": selected.prompt_mask_SP,
-            "completion_ids": selected.completion_ids_ST,
-            "completion_mask": selected.completion_mask_ST,
-            "advantages": selected.adv_ST,
-            "tool_mask": selected.model_mask_ST,
-            "num_items_in_batch": tokens,
-        }
-        if not untouched:
-            out["row_weight"] = selected.row_weight_S
-        if selected.old_logps_ST is not None:
-            out["old_per_token_logps"] = selected.old_logps_ST
-        if selected.ref_logps_ST is not None:
-            out["ref_per_token_logps"] = selected.ref_logps_ST
         images = vision.batch_inputs(self, selected, selected.sequences()[0])
         if images and not untouched:
             raise ConfigError("methods that drop, add or weigh rollouts take no images", where="method")
-        return out | images | {f"extra/{name}": x for name, x in selected.extras.items()}
+        return collect.as_inputs(selected, tokens, weighted=not untouched) | images
 
     # ---- one micro-batch ----
     def _compute_loss(self, model, inputs):
         rows, limit = inputs["completion_ids"].size(0), self.args.per_device_train_batch_size
         chunks = -(-rows // limit)
-        if "row_weight" in inputs:  # only then can slices be larger, and ranks differ in size
-            chunks = int(self.accelerator.gather(torch.tensor([chunks], device=self.accelerator.device)).max())
         if chunks <= 1:
             return self._chunk_loss(model, inputs)
+        if self.is_deepspeed_enabled:
+            raise ConfigError(
+                "DeepSpeed takes one backward per micro-batch, and this stack has more rows than rows_per_device",
+                where="scale",
+                got=f"{rows} rows",
+                fix="choose scale=ddp or scale=fsdp2",
+            )
         total: Any = 0.0
         for k in range(chunks):
             part = collect.row_slice(inputs, k * limit, (k + 1) * limit)
@@ -330,9 +322,9 @@ class AssayTrainer(GRPOTrainer):
         )
         old = inputs.get("old_per_token_logps")
         # `num_items_in_batch` spans the generation: rescaled to one accumulation window, as TRL does.
-        denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.team.size
         accumulation = self.current_gradient_accumulation_steps
-        updates = self.args.steps_per_generation / accumulation
+        updates = self.args.steps_per_generation / accumulation * self.team.size
         return LossContext(
             logps_BT=logps,
             entropies_BT=entropies,
@@ -356,7 +348,7 @@ class AssayTrainer(GRPOTrainer):
         optimizer = super().create_optimizer(*args, **kw)
         if self.objective_modules and not getattr(self, "_modules_added", False):
             rate = self.stack.objective.modules_learning_rate or self.args.learning_rate
-            add_modules(optimizer, self.objective_modules, rate, self.args.max_grad_norm)
+            add_modules(optimizer, self.objective_modules, rate, self.args.max_grad_norm, self.team.size)
             self._modules_added = True
         return optimizer
 
@@ -365,14 +357,15 @@ class AssayTrainer(GRPOTrainer):
         """The advantages logged, and shown in samples, are those trained on; rewards are those of every draw."""
         for name, value in collect.summary(ctx, selected).items():
             self.meter[name].append(value)
-        if self._write_sample is not None and self.accelerator.is_main_process:
+        if self._write_sample is not None and self.team.is_main:
             for sample in collect.samples(ctx, selected, self._tokenizer, self._samples_per_step):
                 self._write_sample(sample)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.last_ctx is not None:
             logs |= self.last_ctx.logs
-        logs |= self.meter.drain(self.accelerator) | self.stack.metrics()
+        logs |= self.team.mean(self.meter.drain()) | self.team.mean(self.stack.metrics())
+        self.cost.settle(self.team)
         logs |= {f"cost/{k}": v for k, v in self.cost.items()}
         logs |= {f"time/hook/{k}": v for k, v in self.stack.take_seconds().items()}
         logs |= self.services.take_seconds()
@@ -396,5 +389,5 @@ class AssayTrainer(GRPOTrainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stack.load_state_dict(state["stack"])
         self.objective_modules.load_state_dict(state["modules"])
-        self.cost.update(state["cost"])
+        self.cost.load(state["cost"])
         self.stream_position = state["stream_position"]

@@ -64,10 +64,11 @@ def find_init(init: str, seed: int, results_dir: str | Path = "results") -> Path
     )
 
 
-def export(model: Any, processor: Any, folder: str | Path) -> Path:
+def export(model: Any, processor: Any, folder: str | Path, weights: dict[str, Any] | None = None) -> Path:
     """Write a folder that transformers and vLLM can load; LoRA adapters are merged. Atomic; `model` is unchanged.
 
-    `processor`: the tokenizer, or what holds it and the image processor.
+    `processor`: the tokenizer, or what holds it and the image processor. `weights`: the whole state dict of a
+    model whose own is sharded.
 
     Give the unwrapped model. With adapters the base is read again from where it came from, on the CPU, so that
     merging needs no memory on the device and leaves no rounding in the live weights.
@@ -76,7 +77,7 @@ def export(model: Any, processor: Any, folder: str | Path) -> Path:
     with atomic_folder(folder) as target, quiet_unless_watched():
         if hasattr(model, "peft_config"):
             model = _merged(model)
-        model.save_pretrained(target)
+        model.save_pretrained(target, **({} if weights is None else {"state_dict": weights}))
         processor.save_pretrained(target)
     return folder
 

@@ -60,6 +60,7 @@ class Services(Protocol):
     def env(self, row: Any) -> Any: ...
     def call(self, jobs: Sequence[tuple[Any, dict[str, Any]]]) -> list[str]: ...
     def gather(self, x: Tensor) -> Tensor: ...
+    def divided_rows(self, count: int, work: Callable[[slice], Tensor]) -> Tensor: ...
     def counted(self, kind: str) -> AbstractContextManager: ...
     def rng(self, name: str) -> np.random.Generator: ...
     def train_rows(self, count: int, name: str) -> list[Any]: ...
@@ -72,7 +73,11 @@ class Context:
     rows: N entries, G consecutive copies of each prompt. `reward_names`, `reward_roles`, `reward_weights` are
     aligned. `rewards_all` holds every draw of the generation by reward name, those that dynamic sampling dropped
     included; without dynamic sampling it equals `rewards`. `temperature` and `top_p` are those of rollouts, for a
-    method that writes its own; `first_group` is the group of the first row (processes count on).
+    method that writes its own; `first_group` is, in `rollout`, the group of the first row (processes count on).
+
+    On several processes a hook sees the whole generation on each of them, and must do the same there: what it keeps is
+    the same everywhere and saved once. Services divide the work. Only `rollout` gets the rows of its own process, and
+    the hooks of a micro-batch its rows.
     """
 
     mode: str  # train | eval
@@ -133,11 +138,11 @@ class Context:
         return self.services.call(jobs)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Concatenates over processes along the first dimension."""
+        """Concatenates over processes along the first dimension; x itself outside `rollout`, where all have all."""
         return self.services.gather(x)
 
     def rng(self, name: str) -> np.random.Generator:
-        """A generator derived from run seed, name, round and rank: it needs no saved state."""
+        """A generator derived from run seed, name and round (in `rollout` also the process): needs no saved state."""
         return self.services.rng(f"{name}/{self.round}")
 
     def train_rows(self, count: int, name: str) -> list[Any]:
@@ -157,7 +162,7 @@ class Context:
 
     # rewards by name or role, never by position
     def reward(self, name: str) -> Tensor:
-        """(N,) values of one named reward of this process's trajectories; NaN where it does not apply."""
+        """(N,) values of one named reward; NaN where it does not apply."""
         return torch.tensor([t.rewards.get(name, float("nan")) for t in self.trajs], dtype=torch.float32)
 
     def add_reward(self, name: str, role: str = "aux", weight: float = 0.0) -> None:
@@ -225,7 +230,7 @@ class LossContext:
     attention_BL: Tensor | None = None
     clip_range: tuple[Any, Any] | None = None
     hidden_BTD: Tensor | None = None
-    updates: float = 1.0  # optimiser updates that one generation is split into (of each pass)
+    updates: float = 1.0  # parts of a generation: optimiser updates (of each pass) x processes, whose mean is taken
     share: float = 1.0  # this chunk's part of the micro-batch's rows, for means that have no batch-wide denominator
     log: Callable[[str, Any], None] = lambda name, value: None
 

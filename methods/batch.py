@@ -112,6 +112,10 @@ class Batch:
         fields = {k: v for k, v in named.items() if not k.startswith("extra/")}
         return replace(self, trajs=trajs, extras=extras, **fields)
 
+    def rows_at(self, rows: slice) -> Batch:
+        """These rows alone, of any trajectories; `trajs` stays whole."""
+        return self.with_tensors({k: x[rows] for k, x in self.tensors().items()}, self.trajs)
+
     def take(self, trajectories: Sequence[int]) -> Batch:
         """The named trajectories in the given order (repeats allowed), whole, with their extras."""
         rows_of: list[list[int]] = [[] for _ in self.trajs]

@@ -65,8 +65,8 @@ class Srft(Demonstrations):
         terms = srft_terms(lctx, self.sft_coefficient, self.rl_coefficient, self.entropy_weights)
         for name, value in terms.items():
             lctx.log(f"srft/{name}", value.detach())
-        # Each term is a sum over this micro-batch divided by the tokens of the whole generation, of which one update
-        # sees a share.
+        # Each term is a sum over this micro-batch divided by the tokens of the whole generation, of which one process
+        # sees a share in one update.
         return (terms["demo_sft"] + terms["demo_rl"] + terms["self_pos"] + terms["self_neg"]) * lctx.updates
 
 

@@ -100,13 +100,16 @@ class Ppo(Grpo):
         """(S, T) values of the generation's tokens under the critic as it is now; 0 outside the model's tokens."""
         batch = ctx.batch
         assert batch is not None
-        ids, mask = batch.sequences()
         width, limit = batch.completion_ids_ST.shape[1], ctx.limits.rows_per_device
-        ctx.services.cost["forwarded_tokens"] += int(mask.sum())
+
+        def work(part: slice) -> Tensor:
+            ids, mask = batch.rows_at(part).sequences()
+            ctx.services.cost["forwarded_tokens"] += int(mask.sum())
+            starts = range(0, len(ids), limit)
+            return torch.cat([self.critic(ids[k : k + limit], mask[k : k + limit], width) for k in starts])
+
         with torch.no_grad(), ctx.services.counted("forward"):
-            starts = range(0, batch.rows, limit)
-            parts = [self.critic(ids[k : k + limit], mask[k : k + limit], width) for k in starts]
-        return torch.cat(parts) * batch.model_mask_ST
+            return ctx.services.divided_rows(batch.rows, work) * batch.model_mask_ST
 
     def _log_fit(self, values: Tensor, returns: Tensor, ctx: Context) -> None:
         spread = returns.var() if returns.numel() > 1 else torch.tensor(0.0)

@@ -44,7 +44,8 @@ def test_everything_at_once():
         ({"rollouts_per_prompt": 1}, "trainer.rollouts_per_prompt"),
         ({"prompts_per_step": 0}, "trainer.prompts_per_step"),
         ({"world": 3}, "trainer.prompts_per_step"),
-        ({"world": 2, "prompts_per_step": 1}, "trainer.rows_per_device"),
+        ({"world": 2, "prompts_per_step": 1}, "scale.num_processes"),
+        ({"world": 2, "prompts_per_step": 3}, "trainer.prompts_per_step"),
     ],
 )
 def test_refused(words, key):

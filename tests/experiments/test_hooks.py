@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from experiments import resample
 from methods.base import Method, RunError
 from methods.errors import ConfigError
 from methods.objectives.policy_gradient import Bnpo, Dapo, Grpo, GspoToken
@@ -541,7 +542,7 @@ def test_dynamic_sampling_replaces_dead_groups_and_remembers_its_place(make_trai
     state = trainer.state_dict()
     again = make_trainer([], Dapo(dynamic_sampling=True), reward=often_dead)
     again.load_state_dict(state)
-    assert [r.id for r in again._fresh_rows(3)] == [r.id for r in trainer._fresh_rows(3)]
+    assert [r.id for r in resample.fresh_rows(again, 3)] == [r.id for r in resample.fresh_rows(trainer, 3)]
 
 
 def hash_of(row):
