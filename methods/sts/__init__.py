@@ -1,0 +1,1 @@
+"""STS: the SAE-based transferability score (arXiv 2603.02908)."""
