@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from experiments.seeds import derive
+from experiments.passages import Example as Query
 from experiments.tasks.base import columns_of, missing_column, plain, read_table, shuffled
 from methods.errors import ConfigError, DataError, nearest
 
@@ -29,6 +29,11 @@ class Example:
     @property
     def is_text(self) -> bool:
         return not self.prompt
+
+    @property
+    def asked(self) -> Query:
+        """As what a prompt is built from."""
+        return Query(self.answer) if self.is_text else Query(self.prompt, self.answer)
 
 
 @dataclass
@@ -56,7 +61,9 @@ class Domains:
 
     def read(self) -> dict[str, list[Example]]:
         """Examples by domain, in the file's order. DataError for an unreadable table, row or an empty domain."""
-        records = read_table(self.path, self.split, (self.domain_column,), self.where, subset=self.subset, key="domains")
+        records = read_table(
+            self.path, self.split, (self.domain_column,), self.where, subset=self.subset, key="domains"
+        )
         found: dict[str, list[Example]] = {}
         for place, example in enumerate(self.examples(records, self.path, "domains")):
             if example.domain in ("", "None"):
@@ -98,13 +105,15 @@ class Domains:
                     "The answer is no letter of an option", where=where, got=f"{answer!r} of {len(options)} options"
                 )
             lettered = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-            prompt, answer = f"{prompt}\n{lettered}\nAnswer:", f" {answer}"
+            prompt = f"{prompt}\n{lettered}\nAnswer with the letter of the right option."
         return Example(f"row {place + 1}", str(record.get(self.domain_column, "")), prompt, answer, options, right)
 
 
 def _text(value: Any, where: str, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"The row has no {column}", where=where, got=repr(value)[:60], expected="a text that is not empty")
+        raise DataError(
+            f"The row has no {column}", where=where, got=repr(value)[:60], expected="a text that is not empty"
+        )
     return value
 
 
@@ -124,8 +133,8 @@ class Data:
         return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
 
 
-def read(domains: Domains, source: Any, seed: int) -> Data:
-    """Read source and domains. `source.domain` names one of the domains (and takes it out of them), `source.path` a
+def read(domains: Domains, source: Any, piece: int, seed: int) -> Data:
+    """Read source and domains, plain texts in pieces of `piece` characters. `source.domain` names one of the domains (and takes it out of them), `source.path` a
     table of its own with the same columns but the domain.
 
     DataError for a source or domains that cannot be read, ConfigError for a source that is not named once.
@@ -154,10 +163,31 @@ def read(domains: Domains, source: Any, seed: int) -> Data:
         examples = domains.examples(records, name, "source")
     if not by_domain:
         raise DataError("There is no domain to score", where=domains.path, expected="at least one beside the source")
-    order = {n: shuffled(e, seed, "transfer", n) for n, e in by_domain.items()}
-    return Data(name, shuffled(examples, seed, "transfer", name), order)
+    ordered = {n: shuffled(cut(e, piece), seed, "transfer", n) for n, e in by_domain.items()}
+    return Data(name, shuffled(cut(examples, piece), seed, "transfer", name), ordered)
 
 
-def named_seed(seed: int, *names: str) -> int:
-    """A seed for the stream `names` of a scoring."""
-    return derive(seed, "transfer", *names)
+def cut(examples: Sequence[Example], characters: int) -> list[Example]:
+    """Plain texts in pieces of at most `characters`, cut at blanks where there are any; questions as they are.
+
+    A piece keeps its text's id with a number behind it. Pieces below a fifth of the length are left out, unless they
+    are a whole text.
+    """
+    found = []
+    for example in examples:
+        parts = _pieces(example.answer, characters) if example.is_text else [example.answer]
+        kept = [part for part in parts if len(parts) == 1 or len(part) >= characters / 5]
+        for k, part in enumerate(kept):
+            name = f"{example.id}, piece {k + 1}" if len(parts) > 1 else example.id
+            found.append(replace(example, id=name, answer=part))
+    return found
+
+
+def _pieces(text: str, size: int) -> list[str]:
+    pieces, at = [], 0
+    while len(text) - at > size:
+        blank = max(text.rfind(blank, at, at + size) for blank in " \n")
+        end = blank + 1 if blank > at else at + size
+        pieces.append(text[at:end])
+        at = end
+    return [piece for piece in [*pieces, text[at:]] if piece.strip()]

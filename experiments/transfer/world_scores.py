@@ -6,9 +6,7 @@ domains. For each domain: what its text excites. Scores are then arithmetic (`ex
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,10 +17,10 @@ import torch
 from torch import Tensor
 
 from experiments.artefacts import artefact
-from experiments.capture import Capture, Passage, decoder_layers
+from experiments.capture import Capture, Passage, edited
 from experiments.models import one_thread
-from experiments.sae_files import read_sae, write_sae
-from experiments.sae_training import Ready, SAETraining, Trainer
+from experiments.sae_training import Ready, SAETraining
+from experiments.saes import trained_sae
 from experiments.seeds import derive
 from experiments.transfer.world import COMPARED, NAMES, PLAIN, PLUS5, SOURCES, Language, all_pairs
 from experiments.transfer.world_model import (
@@ -34,7 +32,7 @@ from experiments.transfer.world_model import (
     load_world_model,
     source_examples,
 )
-from methods.sts.sae import SAE, Quality
+from methods.sts.sae import SAE
 from methods.sts.scores import FeatureSums, PairSums, select
 
 RECIPE = 1
@@ -57,17 +55,18 @@ class Settings:
     domain_queries: int = 100
     domain_demos: int = 4
     ablated: int = 16
+    sources: int = len(SOURCES)
 
 
 def measured(seed: int, settings: Settings) -> dict[str, Tensor]:
-    """The tensors of `_measure` for the language model `seed`."""
+    """The tensors of `Measurement` for the language model `seed`."""
     from safetensors.torch import load_file, save_file
 
     key = {"recipe": RECIPE, "seed": seed, "settings": asdict(settings), "torch": torch.__version__}
 
     def build(folder: Path) -> None:
         with one_thread(), TemporaryDirectory() as scratch:
-            save_file(_Measurement(seed, settings, Path(scratch)).tensors(), folder / "measured.safetensors")
+            save_file(Measurement(seed, settings, Path(scratch)).tensors(), folder / "measured.safetensors")
 
     return load_file(artefact("digit_world_scores", key, build) / "measured.safetensors")
 
@@ -102,7 +101,9 @@ def passages(ids_NT: np.ndarray) -> list[Passage]:
     return [Passage(ids.tolist(), [(start + COMPARED.start, start + COMPARED.stop)]) for ids in ids_NT]
 
 
-class _Measurement:
+class Measurement:
+    """One language model with its SAE, and what is measured on them."""
+
     def __init__(self, seed: int, settings: Settings, scratch: Path) -> None:
         self.seed, self.settings, self.scratch = seed, settings, scratch
         self.loaded = load_world_model(seed, settings.pretraining)
@@ -125,8 +126,9 @@ class _Measurement:
 
         before = accuracies(self.loaded.model, self.language)
         found: dict[str, list[Tensor]] = {}
-        with progress_bar(f"digit world, sources of model {self.seed}", len(SOURCES), unit="source") as progress:
-            for source in SOURCES:
+        chosen = SOURCES[: self.settings.sources]
+        with progress_bar(f"digit world, sources of model {self.seed}", len(chosen), unit="source") as progress:
+            for source in chosen:
                 for name, value in self.source(source, before).items():
                     found.setdefault(name, []).append(value)
                 progress(1)
@@ -175,7 +177,7 @@ class _Measurement:
         return found | {"ablation": self.ablation(source, found["delta"], before[source])}
 
     def tuned(self, source: str, alone: np.ndarray, before: dict[str, float]) -> dict[str, Tensor]:
-        """After fine-tuning, mean over the repeats: shifts of the same queries, changes of accuracy, what was learned."""
+        """After fine-tuning, mean over the repeats: shifts of the same queries, changes of accuracy, what is learned."""
         s, language = self.settings, self.language
         rows: dict[str, list[Tensor]] = {}
         for repeat in range(s.tuning.repeats):
@@ -209,22 +211,8 @@ class _Measurement:
         return self.language.examples(source, *all_pairs(), PLAIN)
 
     def _accuracy_without(self, source: str, latents: Sequence[int]) -> float:
-        with changed_stream(self.loaded.model, self.settings.layer, lambda z: self.sae.ablate(z, latents)):
+        with edited(self.loaded.model, self.settings.layer, lambda z: self.sae.ablate(z, latents)):
             return accuracies(self.loaded.model, self.language)[source]
-
-
-@contextmanager
-def changed_stream(model: Any, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Puts `change(z)` in place of the residual stream after a layer, at every position."""
-
-    def edit(module: Any, inputs: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    handle = decoder_layers(model)[layer].register_forward_hook(edit)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def untrained(sae: SAE, seed: int) -> SAE:
@@ -237,53 +225,35 @@ def untrained(sae: SAE, seed: int) -> SAE:
 
 
 def world_sae(loaded: Any, language: Language, seed: int, settings: Settings) -> tuple[SAE, dict[str, float]]:
-    """The SAE of this language model, trained once and cached, and its figures on fresh documents.
+    """The SAE of this language model, trained once and cached; FVU, L0 and dead share on held-out documents.
 
-    `recovered` = (loss with the mean vector - loss with the reconstruction) / (loss with the mean - loss as it is), the
-    loss on answer digits.
+    `recovered` = (loss with the mean vector - loss with the reconstruction) / (loss with the mean - loss as it is), on
+    answer digits of fresh documents.
     """
-    from experiments.sae_training import RECIPE as SAE_RECIPE
-
-    s = settings
-    key = {"recipe": [RECIPE, SAE_RECIPE], "seed": seed, "pretraining": asdict(s.pretraining), "torch": torch.__version__}
-    key |= {name: getattr(s, name) for name in ("layer", "latents", "k", "sae_vectors", "sae_steps")}
-    rng = np.random.default_rng(derive(seed, "digit_world", "sae"))
+    s, rng = settings, np.random.default_rng(derive(seed, "digit_world", "sae"))
     documents = language.documents(s.sae_vectors // 35, rng)
-
-    def build(folder: Path) -> None:
-        ready = Ready([Passage(ids.tolist(), [(1, len(ids))]) for ids in documents])
-        training = SAETraining(
-            layer=s.layer,
-            latents=s.latents,
-            k=s.k,
-            steps=s.sae_steps,
-            buffer=min(65536, 35 * len(documents)),
-            batch=min(1024, 35 * len(documents) // 4),
-            seed=derive(seed, "digit_world", "sae") % 2**31,
-        )
-        with TemporaryDirectory() as scratch:
-            sae = Trainer(loaded, ready, training, Path(scratch)).run()
-        write_sae(sae, folder / "sae")
-        fresh = language.documents(400, rng)
-        (folder / "quality.json").write_text(json.dumps(_quality(loaded.model, sae, fresh)) + "\n")
-
-    folder = artefact("digit_world_sae", key, build)
-    return read_sae(folder / "sae").sae, json.loads((folder / "quality.json").read_text())
-
-
-def _quality(model: Any, sae: SAE, documents: np.ndarray) -> dict[str, float]:
-    """FVU, L0, dead share and recovered loss on documents that the SAE was not trained on."""
-    layer = int(sae.layer or 0)
-    quality = Quality(sae)
-    for vectors in Capture(model, layer).read([Passage(ids.tolist(), [(1, len(ids))]) for ids in documents]):
-        quality.add(vectors.z_Td, *sae.reconstruct(vectors.z_Td))
-    mean_d = (quality.sum_d / quality.tokens).float()
+    vectors = 35 * len(documents)
+    training = SAETraining(
+        layer=s.layer,
+        latents=s.latents,
+        k=s.k,
+        steps=s.sae_steps,
+        buffer=min(65536, vectors // 2),
+        batch=min(1024, vectors // 8),
+        seed=derive(seed, "digit_world", "sae") % 2**31,
+    )
+    ready = Ready([Passage(ids.tolist(), [(1, len(ids))]) for ids in documents])
+    found = trained_sae(loaded, ready, training)
+    fresh = language.documents(300, rng)
+    mean_d = torch.cat(
+        [v.z_Td for v in Capture(loaded.model, s.layer).read([p for i in range(100) for p in ready.passages(i)])]
+    ).mean(0)
     losses = []
-    for change in (lambda z: z, lambda z: sae.reconstruct(z)[1], lambda z: mean_d.expand_as(z)):
-        with changed_stream(model, layer, change):
-            losses.append(answer_loss(model, documents))
+    for change in (lambda z: z, lambda z: found.sae.reconstruct(z)[1], lambda z: mean_d.expand_as(z)):
+        with edited(loaded.model, s.layer, change):
+            losses.append(answer_loss(loaded.model, fresh))
     clean, rebuilt, ablated = losses
-    return {**quality.metrics(), "recovered": (ablated - rebuilt) / (ablated - clean)}
+    return found.sae, {**found.metadata["quality"], "recovered": (ablated - rebuilt) / (ablated - clean)}
 
 
 @torch.no_grad()
