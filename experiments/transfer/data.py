@@ -134,10 +134,11 @@ class Data:
 
 
 def read(domains: Domains, source: Any, piece: int, seed: int) -> Data:
-    """Read source and domains, plain texts in pieces of `piece` characters. `source.domain` names one of the domains (and takes it out of them), `source.path` a
-    table of its own with the same columns but the domain.
+    """Read source and domains, plain texts in pieces of `piece` characters.
 
-    DataError for a source or domains that cannot be read, ConfigError for a source that is not named once.
+    `source.domain` names one of the domains (and takes it out of them), `source.path` a table of its own with the same
+    columns but the domain. DataError for a source or domains that cannot be read, ConfigError for a source that is not
+    named once.
     """
     if (source.domain is None) == (source.path is None):
         raise ConfigError(

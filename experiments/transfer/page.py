@@ -22,7 +22,6 @@ ol{margin:.4rem 0;padding:0;list-style:none}
 li{margin:.25rem 0;padding:.3rem .5rem;background:#f6f6f4;border-left:3px solid #0072b2;overflow-wrap:anywhere}
 li small{color:#666;display:inline-block;min-width:11rem}
 mark{background:#ffd98a;color:#000;padding:0 .1em}
-table{border-collapse:collapse}td,th{padding:.15rem .6rem;text-align:right}td:first-child,th:first-child{text-align:left}
 """
 _PAGE = """<!doctype html>
 <html lang="en">

@@ -44,6 +44,8 @@ class Scorer:
     context: int | None = None
     batch_tokens: int = 4096
     read: int = field(default=0, init=False)  # tokens that went through the model, demonstrations included
+    seconds: float = field(default=0.0, init=False)  # that this took, features included
+    skipped: int = field(default=0, init=False)  # texts of the last domain that did not fit
 
     def __post_init__(self) -> None:
         assert self.sae.layer is not None
@@ -75,7 +77,7 @@ class Scorer:
             if pair is None:
                 skipped += 1
                 continue
-            found.append((query, *map(_inner, pair)))
+            found.append((query, *pair))
             left -= found[-1][1].tokens
             if left <= 0:
                 break
@@ -87,6 +89,7 @@ class Scorer:
                 expected=f"at most {MOST_SKIPPED:.0%} skipped",
                 fix="give shorter texts (plain ones are cut to score.piece characters), or raise score.context",
             )
+        self.skipped = skipped
         return found
 
     def source(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
@@ -135,13 +138,13 @@ class Scorer:
             starts = np.flatnonzero(np.r_[True, row_T[1:] != row_T[:-1]])
             lengths = np.diff(np.r_[starts, len(row_T)])
             offset_T = np.arange(len(row_T)) - np.repeat(starts, lengths)
-            yield row_T, self._encode(base.z_Td), self._encode(context.z_Td), offset_T
+            yield row_T, self.features(base.z_Td), self.features(context.z_Td), offset_T
 
-    def _encode(self, z_Td: torch.Tensor) -> torch.Tensor:
+    def features(self, z_Td: torch.Tensor) -> torch.Tensor:
         return self.sae.encode(z_Td.to(self.sae.W_dec.dtype))
 
     def shown(self, examples: Sequence[Example], part: dict[str, np.ndarray]) -> list[list[dict[str, Any]]]:
-        """Per latent of D the `SHOWN` texts of this domain with the strongest tokens: value, text before, token, after."""
+        """Per latent of D the `SHOWN` texts of this domain with the strongest tokens."""
         pairs = self.pairs(examples, self.demos, self.tokens)
         return [
             [
@@ -159,13 +162,6 @@ class Scorer:
             "token": decode([ids[place]]),
             "after": decode(ids[place + 1 : place + 21])[: AROUND[1]],
         }
-
-
-def _inner(passage: Passage) -> Passage:
-    """Without the very first token of all, where nothing stands in front of it: it takes the attention that has nowhere
-    to go, and its features dwarf all others."""
-    spans = [(max(1, start), end) for start, end in passage.spans]
-    return Passage(passage.ids, [(start, end) for start, end in spans if end > start])
 
 
 def strongest(h_TD: np.ndarray, row_T: np.ndarray, offset_T: np.ndarray, best: np.ndarray, place: np.ndarray) -> None:

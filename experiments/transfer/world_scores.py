@@ -177,7 +177,7 @@ class Measurement:
         return found | {"ablation": self.ablation(source, found["delta"], before[source])}
 
     def tuned(self, source: str, alone: np.ndarray, before: dict[str, float]) -> dict[str, Tensor]:
-        """After fine-tuning, mean over the repeats: shifts of the same queries, changes of accuracy, what is learned."""
+        """After fine-tuning, mean over the repeats: shifts of the same queries, changes of accuracy, the rule learned."""
         s, language = self.settings, self.language
         rows: dict[str, list[Tensor]] = {}
         for repeat in range(s.tuning.repeats):
