@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -181,12 +181,13 @@ class Stream:
         self.capture, self.documents, self.chosen, self.settings = capture, documents, chosen, settings
         self.cursor = (0, 0, 0)
 
-    def block(self) -> Tensor:
-        """(buffer, d) float32 vectors on the model's device; moves the cursor on."""
+    def block(self, beat: Callable[[], None] = lambda: None) -> Tensor:
+        """(buffer, d) float32 vectors on the model's device; moves the cursor on. `beat` is called now and then."""
         parts = []
         for vectors in self.capture.read(self._next_passages()):
             refuse_not_finite(vectors.z_Td, self.capture.layer)
             parts.append(vectors.z_Td.float())
+            beat()
         return torch.cat(parts)[: self.settings.buffer]
 
     def _next_passages(self) -> Iterator[Passage]:
@@ -221,53 +222,60 @@ class Trainer:
         self.capture = Capture(loaded.model, settings.layer)
         train, self.held_out = split(documents, settings)
         self.stream = Stream(self.capture, documents, train, settings)
+        self.per_block = (settings.buffer // settings.batch) * settings.passes  # steps
         self.step, self.began, self.scale = 0, (0, 0, 0), 1.0
+        self.sae: SAE | None = None
         self.last: dict[str, float] = {}
 
     def run(self, progress: Progress | None = None, stop: StopSignals | None = None) -> SAE:
         """Trains to the end. KeyboardInterrupt(signal) behind a checkpoint after a stop, RunError for a NaN loss."""
-        checkpoint = checkpoints.latest(self.folder / "checkpoints")
-        block_Nd = self._resume(checkpoint) if checkpoint else self._begin()
-        s = self.settings
-        per_block = (s.buffer // s.batch) * s.passes
-        while self.step < s.steps:
-            place = self.step % per_block
-            if place == 0 and self.step:
-                self.began = self.stream.cursor
-                block_Nd = self.stream.block()
-            self._update(self._batch(block_Nd, place))
-            self.step += 1
+        s, held, block_Nd = self.settings, None, torch.empty(0)
+
+        def beat() -> None:
             if progress is not None:
                 progress(self.step, s.steps, self.last)
-            stopped = stop is not None and stop.received is not None
-            if stopped or (self.step % s.save_every == 0 and self.step < s.steps):
-                self._save()
-            if stopped and self.step < s.steps:
-                assert stop is not None
+            if stop is not None and stop.received is not None and self.step < s.steps:
+                if self.sae is not None:
+                    self._save(self.sae)
                 raise KeyboardInterrupt(stop.received)
+
+        if checkpoint := checkpoints.latest(self.folder / "checkpoints"):
+            self._resume(checkpoint)
+        while self.sae is None or self.step < s.steps:
+            block, place = divmod(self.step, self.per_block)
+            if block != held:
+                self.began = self.stream.cursor
+                block_Nd, held = self.stream.block(beat), block
+            self.sae = self.sae or self._begin(block_Nd)
+            self._update(self.sae, self._batch(block_Nd, place))
+            self.step += 1
+            if self.step % s.save_every == 0 and self.step < s.steps:
+                self._save(self.sae)
+            beat()
         return self.sae.fold_scale(self.scale).requires_grad_(False)
 
-    def _begin(self) -> Tensor:
-        s = self.settings
-        block_Nd = self.stream.block()
-        d = block_Nd.shape[1]
+    def _begin(self, block_Nd: Tensor) -> SAE:
+        s, d = self.settings, block_Nd.shape[1]
         self.scale = float(d**0.5 / block_Nd.norm(dim=1).mean())
         generator = torch.Generator().manual_seed(derive(s.seed, "sae", "weights"))
         assert s.latents is not None
         W_dec_sd = torch.randn(s.latents, d, generator=generator)
         W_dec_sd /= W_dec_sd.norm(dim=1, keepdim=True)
-        mean_d = (self.scale * block_Nd).mean(0).cpu()
-        self._make(
-            {"W_enc": W_dec_sd.T.contiguous(), "b_enc": torch.zeros(s.latents), "W_dec": W_dec_sd, "b_dec": mean_d},
-            block_Nd.device,
+        return self._make(
+            {
+                "W_enc": W_dec_sd.T.contiguous(),
+                "b_enc": torch.zeros(s.latents),
+                "W_dec": W_dec_sd,
+                "b_dec": (self.scale * block_Nd).mean(0).cpu(),
+            }
         )
-        return block_Nd
 
-    def _make(self, tensors: dict[str, Tensor], device: torch.device) -> None:
-        s = self.settings
-        self.sae = SAE("topk", tensors, k=s.k, layer=s.layer).to(device).requires_grad_(True)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=s.learning_rate or 0.0, betas=(0.9, 0.999))
-        self.since_s = torch.zeros(self.sae.latents, dtype=torch.int64, device=device)  # tokens since it last fired
+    def _make(self, tensors: dict[str, Tensor]) -> SAE:
+        s, device = self.settings, next(self.capture.model.parameters()).device
+        sae = SAE("topk", tensors, k=s.k, layer=s.layer).to(device).requires_grad_(True)
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=s.learning_rate or 0.0, betas=(0.9, 0.999))
+        self.since_s = torch.zeros(sae.latents, dtype=torch.int64, device=device)  # tokens since it last fired
+        return sae
 
     def _batch(self, block_Nd: Tensor, place: int) -> Tensor:
         """The batch at `place` of the block: every pass is a permutation of its own."""
@@ -277,14 +285,14 @@ class Trainer:
         chosen = torch.randperm(len(block_Nd), generator=order)[at * s.batch : (at + 1) * s.batch]
         return block_Nd[chosen.to(block_Nd.device)] * self.scale
 
-    def _update(self, x_Td: Tensor) -> None:
+    def _update(self, sae: SAE, x_Td: Tensor) -> None:
         s = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = (s.learning_rate or 0.0) * self._schedule()
         assert s.k_aux is not None
         dtype = DTYPES[s.dtype]
         with torch.autocast(x_Td.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = topk_loss(self.sae, x_Td, self.since_s > s.dead_after, s.k_aux)
+            loss = topk_loss(sae, x_Td, self.since_s > s.dead_after, s.k_aux)
             total = loss.fvu + s.aux * loss.aux
         if not bool(total.isfinite()):
             raise RunError(
@@ -295,10 +303,10 @@ class Trainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        project_gradient(self.sae)
-        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
+        project_gradient(sae)
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         self.optimizer.step()
-        unit_rows(self.sae)
+        unit_rows(sae)
         self.since_s = torch.where(loss.fired_s, 0, self.since_s + len(x_Td))
         self.last = {"loss": loss.fvu.item(), "aux": loss.aux.item()}
 
@@ -308,27 +316,27 @@ class Trainer:
         falling = min(1.0, (s.steps - self.step) / (s.decay * s.steps)) if s.decay else 1.0
         return min(rising, falling)
 
-    def _save(self) -> None:
+    def _save(self, sae: SAE) -> None:
         folder = self.folder / "checkpoints" / f"checkpoint-{self.step}"
         with os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         moments = {
             name: {k: v for k, v in self.optimizer.state[p].items() if isinstance(v, Tensor)}
-            for name, p in self.sae.named_parameters()
+            for name, p in sae.named_parameters()
         }
         state = {
             "key": self.key,
             "settings": asdict(self.settings),
             "step": self.step,
-            "began": list(self.began),
+            "began": list(self.began if self.step % self.per_block else self.stream.cursor),
             "scale": self.scale,
-            "weights": {name: p.detach() for name, p in self.sae.named_parameters()},
+            "weights": {name: p.detach() for name, p in sae.named_parameters()},
             "moments": moments,
             "since": self.since_s,
         }
         checkpoints.seal(folder, state, keep=1)
 
-    def _resume(self, checkpoint: Path) -> Tensor:
+    def _resume(self, checkpoint: Path) -> None:
         state = checkpoints.read_state(checkpoint)
         if state["key"] != self.key or state["settings"] != asdict(self.settings):
             raise RecordError(
@@ -338,12 +346,9 @@ class Trainer:
                 fix=f"delete {checkpoint.parent}, or give another folder",
             )
         self.step, self.scale = state["step"], state["scale"]
-        self.began = tuple(state["began"])
-        self.stream.cursor = self.began
-        block_Nd = self.stream.block()  # the block in which it stopped, read again
-        self._make(state["weights"], block_Nd.device)
-        for name, p in self.sae.named_parameters():
+        self.stream.cursor = tuple(state["began"])  # the block in which it stopped is read again
+        self.sae = sae = self._make(state["weights"])
+        for name, p in sae.named_parameters():
             moments = {k: v if k == "step" else v.to(p.device) for k, v in state["moments"][name].items()}
             self.optimizer.state[p] = moments
-        self.since_s = state["since"].to(block_Nd.device)
-        return block_Nd
+        self.since_s = state["since"].to(self.since_s.device)
