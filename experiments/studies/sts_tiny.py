@@ -39,7 +39,7 @@ class StsTiny:
     score: str = "act"
     latents: int = 16  # N, 3 % of the 512; of raw dimensions the same share
     steps: int = 1400  # of the language model
-    sae_steps: int = 1500
+    sae_steps: int = 800
     sae_vectors: int = 140_000
     learning_rate: float = 2e-4  # of the fine-tune
     repeats: int = 2  # fine-tunes per source

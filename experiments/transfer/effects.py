@@ -128,7 +128,13 @@ def fine_tune(
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     whole = [p for p in found if (p / "trainer_state.json").is_file()]
     return train_sft(
-        loaded, rows, settings, output_dir=folder, seed=seed, progress="fine-tuning", resume=whole[-1] if whole else None
+        loaded,
+        rows,
+        settings,
+        output_dir=folder,
+        seed=seed,
+        progress="fine-tuning",
+        resume=whole[-1] if whole else None,
     )
 
 
@@ -163,5 +169,7 @@ def given_changes(path: str, domains: Sequence[str]) -> dict[str, dict[str, Any]
         values.setdefault("change", values.get("after", 0.0) - values.get("before", 0.0))
         found[str(record["domain"])] = values
     if missing := [name for name in domains if name not in found]:
-        raise DataError("Domains have no measured change", where=path, got=", ".join(missing[:10]), expected="a row each")
+        raise DataError(
+            "Domains have no measured change", where=path, got=", ".join(missing[:10]), expected="a row each"
+        )
     return {name: found[name] for name in domains}

@@ -5,6 +5,7 @@ Two builds from the same parts give the same bytes: no dates, fixed random strea
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -42,8 +43,8 @@ class Scored:
     true_latents: list[int] | None = None
 
 
-def rows(scored: Scored, seed: int) -> list[dict[str, Any]]:
-    """One row per domain, the highest STS_act first: scores with intervals over texts, baselines, measured changes."""
+def rows(scored: Scored, seed: int, rank: str) -> list[dict[str, Any]]:
+    """One row per domain, the highest `rank` first: scores with intervals over texts, baselines, measured changes."""
     live = np.flatnonzero(sum(part["mean"] for part, _ in scored.domains.values()) > 0)
     rng = np.random.default_rng(derive(seed, "transfer", "random latents"))
     size = min(len(scored.selection.latents), len(live))
@@ -62,7 +63,7 @@ def rows(scored: Scored, seed: int) -> list[dict[str, Any]]:
             row["sts_sup"] = float((part["mean"][scored.suppressed] / scale).sum())
         row |= {"texts": len(part["tokens"]), "tokens": int(part["tokens"].sum()), "skipped": info["skipped"]}
         found.append(row | ((scored.changes or {}).get(name) or {}))
-    return sorted(found, key=lambda row: (-row["act"], row["domain"]))
+    return sorted(found, key=lambda row: (-row[rank], row["domain"]))
 
 
 def intervals(part: dict[str, np.ndarray], clusters: Sequence[int]) -> list[stats.Interval]:
@@ -86,10 +87,12 @@ def validation(table: Sequence[dict[str, Any]], extremes: int | None) -> dict[st
     return {name: correlate([row[name] for row in table], changes, extremes_only=extremes) for name in names}
 
 
-def write(folder: Path, scored: Scored, seed: int, budget: int | None = None, extremes: int | None = None) -> None:
-    """Write all files of a scoring into `folder`."""
-    table = rows(scored, seed)
-    advice = mixture([row["act"] for row in table], budget) if budget else None
+def write(
+    folder: Path, scored: Scored, seed: int, rank: str, budget: int | None = None, extremes: int | None = None
+) -> None:
+    """Write all files of a scoring into `folder`; domains are ranked, and a budget is shared, by the score `rank`."""
+    table = rows(scored, seed, rank)
+    advice = mixture([row[rank] for row in table], budget) if budget else None
     checks = validation(table, None) if scored.changes else {}
     chosen = validation(table, extremes) if scored.changes and extremes else {}
     result = {
@@ -115,6 +118,19 @@ def write(folder: Path, scored: Scored, seed: int, budget: int | None = None, ex
     replace(folder / "table.csv", _csv(table).encode())
     replace(folder / "table.md", _markdown(scored, table, checks, chosen, advice, result, drawn).encode())
     _page(folder / "latents.html", scored)
+
+
+def figures_of(folder: Path, rank: str) -> dict[str, float]:
+    """The record's metrics; `eval/score` is r of the score `rank`."""
+    result = json.loads((folder / "result.json").read_text())
+    found = {"eval/latents": float(result["N"]), "eval/share": result["concentration"]}
+    for name, check in result["validation"].items():
+        found |= {f"eval/r/{name}": check["r"], f"eval/spearman/{name}": check["spearman"]}
+    if rank in result["validation"]:
+        found |= (
+            {"eval/score": found[f"eval/r/{rank}"], "eval/overlap": result["overlap"]} if "overlap" in result else {}
+        )
+    return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def _csv(table: Sequence[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ all, and names what it was made from: an interrupted scoring goes on with the ne
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from experiments.artefacts import cache_root, digest
 from experiments.capture import Capture, Passage
-from experiments.files import replace
+from experiments.files import os_errors, replace
 from experiments.passages import MOST_SKIPPED, Prompter
 from experiments.transfer.data import Example
 from methods.errors import DataError
@@ -132,6 +134,7 @@ class Scorer:
         self, pairs: Sequence[tuple[Example, Passage, Passage]]
     ) -> Iterator[tuple[np.ndarray, Any, Any, Any]]:
         """(row_T, base (T, s), context (T, s), offset_T) per batch; `offset_T` is the token's place in its text."""
+        began = time.monotonic()
         self.read += sum(len(p.ids) for _, *both in pairs for p in both)
         for base, context in self.capture.read_pairs((b, c) for _, b, c in pairs):
             row_T = base.row_T.cpu().numpy()
@@ -139,14 +142,20 @@ class Scorer:
             lengths = np.diff(np.r_[starts, len(row_T)])
             offset_T = np.arange(len(row_T)) - np.repeat(starts, lengths)
             yield row_T, self.features(base.z_Td), self.features(context.z_Td), offset_T
+        self.seconds += time.monotonic() - began
 
     def features(self, z_Td: torch.Tensor) -> torch.Tensor:
         return self.sae.encode(z_Td.to(self.sae.W_dec.dtype))
 
-    def shown(self, examples: Sequence[Example], part: dict[str, np.ndarray]) -> list[list[dict[str, Any]]]:
-        """Per latent of D the `SHOWN` texts of this domain with the strongest tokens."""
+    def scored(
+        self, examples: Sequence[Example], latents: dict[str, list[int]]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """`domain` with, per text, which text of the table it is a piece of, and per latent the texts to be shown."""
+        part = self.domain(examples, latents)
         pairs = self.pairs(examples, self.demos, self.tokens)
-        return [
+        texts = [query.id.partition(",")[0] for query, _, _ in pairs]
+        numbers = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+        shown = [
             [
                 {"value": float(part["best"][row, d]), **self._snippet(pairs[row][1], int(part["place"][row, d]))}
                 for row in np.argsort(-part["best"][:, d], kind="stable")[:SHOWN].tolist()
@@ -154,6 +163,7 @@ class Scorer:
             ]
             for d in range(part["best"].shape[1])
         ]
+        return part, {"skipped": self.skipped, "clusters": [numbers[text] for text in texts], "shown": shown}
 
     def _snippet(self, passage: Passage, place: int) -> dict[str, str]:
         ids, decode = passage.counted, self.loaded.tokenizer.decode
@@ -182,11 +192,17 @@ def selection(part: dict[str, np.ndarray], n: int | None, share: float, kind: st
 # ---------------------------------------------------------------- parts on disk
 
 
+def part_file(made_from: dict[str, Any]) -> Path:
+    """Where the part made from these things lies: runs that differ in their output only share it."""
+    return cache_root() / "transfer" / f"{digest(made_from)[:20]}.safetensors"
+
+
 def keep_part(path: Path, made_from: dict[str, Any], arrays: dict[str, np.ndarray], info: Any = None) -> None:
     """Write one part as a whole. `made_from` must be the same for it to be taken up later."""
     from safetensors.numpy import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     header = {"made_from": json.dumps(made_from, sort_keys=True), "info": json.dumps(info)}
     replace(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata=header))
 

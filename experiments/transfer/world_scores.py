@@ -49,7 +49,7 @@ class Settings:
     latents: int = 512
     k: int = 8
     sae_vectors: int = 140_000
-    sae_steps: int = 1500
+    sae_steps: int = 800
     queries: int = 150
     demos: int = 2
     domain_queries: int = 100
@@ -177,7 +177,7 @@ class Measurement:
         return found | {"ablation": self.ablation(source, found["delta"], before[source])}
 
     def tuned(self, source: str, alone: np.ndarray, before: dict[str, float]) -> dict[str, Tensor]:
-        """After fine-tuning, mean over the repeats: shifts of the same queries, changes of accuracy, the rule learned."""
+        """After fine-tuning, mean over the repeats: shifts of the same queries, changes, what was learned."""
         s, language = self.settings, self.language
         rows: dict[str, list[Tensor]] = {}
         for repeat in range(s.tuning.repeats):
