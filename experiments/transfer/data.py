@@ -136,8 +136,8 @@ class Data:
 def read(domains: Domains, source: Any, piece: int, seed: int) -> Data:
     """Read source and domains, plain texts in pieces of `piece` characters.
 
-    `source.domain` names one of the domains (and takes it out of them), `source.path` a table of its own with the same
-    columns but the domain. DataError for a source or domains that cannot be read, ConfigError for a source that is not
+    `source.domain` names one of the domains (and takes it out of them), `source.path` a table with columns of its own
+    (`source.prompt_column` and so on). DataError for a source or domains that cannot be read, ConfigError for a source that is not
     named once.
     """
     if (source.domain is None) == (source.path is None):
@@ -159,9 +159,9 @@ def read(domains: Domains, source: Any, piece: int, seed: int) -> Data:
             )
         name, examples = str(source.domain), by_domain.pop(source.domain)
     else:
-        name = str(source.path)
-        records = read_table(name, None, (), {}, key="source")
-        examples = domains.examples(records, name, "source")
+        name, columns = str(source.path), ("prompt_column", "answer_column", "text_column")
+        table = Domains(name, **{column: source[column] for column in columns})
+        examples = table.examples(read_table(name, key="source"), name, "source")
     if not by_domain:
         raise DataError("There is no domain to score", where=domains.path, expected="at least one beside the source")
     ordered = {n: shuffled(cut(e, piece), seed, "transfer", n) for n, e in by_domain.items()}

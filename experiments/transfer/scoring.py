@@ -145,7 +145,7 @@ class Scorer:
         self.seconds += time.monotonic() - began
 
     def features(self, z_Td: torch.Tensor) -> torch.Tensor:
-        return self.sae.encode(z_Td.to(self.sae.W_dec.dtype))
+        return self.sae.encode(z_Td)
 
     def scored(
         self, examples: Sequence[Example], latents: dict[str, list[int]]

@@ -170,6 +170,16 @@ def test_accuracy_of_multiple_choice(score, world, tmp_path):
         score(*words, "name=bad")
 
 
+def test_a_source_of_its_own_has_its_own_columns(score, tmp_path):
+    rows = [{"question": f"add {k}", "solution": f"sum {k} seven"} for k in range(6)]
+    path = write_rows(tmp_path / "source.jsonl", rows)
+    words = [f"source.path={path}", "source.domain=null", "source.prompt_column=question"]
+    result = json.loads((score(*words, "source.answer_column=solution") / "result.json").read_text())
+    assert set(result["scores"]) == set(WORDS) and result["source"] == str(path)
+    with pytest.raises(DataError, match="no column 'answer'"):
+        score(*words, "name=bad")
+
+
 def test_one_domain_has_a_score_and_no_correlation(score, tmp_path):
     given = write_rows(tmp_path / "given.jsonl", [{"domain": "food", "before": 0.5, "after": 0.4}])
     folder = score("domains.only=[math,food]", f"changes={given}")
