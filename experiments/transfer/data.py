@@ -137,8 +137,8 @@ def read(domains: Domains, source: Any, piece: int, seed: int) -> Data:
     """Read source and domains, plain texts in pieces of `piece` characters.
 
     `source.domain` names one of the domains (and takes it out of them), `source.path` a table with columns of its own
-    (`source.prompt_column` and so on). DataError for a source or domains that cannot be read, ConfigError for a source that is not
-    named once.
+    (`source.prompt_column` and so on). DataError for a source or domains that cannot be read, ConfigError for a source
+    that is not named once.
     """
     if (source.domain is None) == (source.path is None):
         raise ConfigError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from experiments.capture import Capture
+from experiments.capture import Capture, absolute_positions
 from experiments.engines.build import instantiate
 from experiments.engines.progress import progress_bar
 from experiments.run import device_arguments, quiet, threads_for
@@ -45,7 +45,6 @@ class Job:
         self.seed = int(cfg.seed)
 
     def work(self) -> tuple[dict[str, float], dict[str, float]]:
-
         quiet()
         began, cfg = time.monotonic(), self.cfg
         model = instantiate(self.cfg.model)
@@ -64,7 +63,6 @@ class Job:
         return output.figures_of(self.path, cfg.score.rank), {**cost, "seconds": time.monotonic() - began}
 
     def _place(self) -> None:
-
         self.device = device_arguments(self.cfg.scale)
         if not self.device["use_cpu"]:
             self.loaded.model.to("cuda")
@@ -72,7 +70,6 @@ class Job:
     # ---------------------------------------------------------------- scores
 
     def _scored(self) -> tuple[Any, Scorer]:
-
         cfg = self.cfg.score
         found = self._sae()
         scorer = Scorer(
@@ -101,14 +98,13 @@ class Job:
             "source_tokens": int(source["tokens"][0]), "alignment": "same tokens", "positions": "query and answer",
             "sae": {"name": found.path.name, "layer": found.sae.layer, "latents": found.sae.latents,
                     "architecture": found.sae.architecture, "quality": found.metadata.get("quality") or {}},
-            "warnings": warnings(found.metadata.get("quality") or {}),
+            "warnings": [*warnings(found.metadata.get("quality") or {}), *_about_positions(self.loaded.model)],
         }  # fmt: skip
         title = f"Score-transfer from {self.data.source} on {self.loaded.name}"
         off = selection(source, len(chosen.latents), cfg.share, "suppressed").latents if cfg.suppressed else None
         return Scored(title, facts, chosen, source, domains, off), scorer
 
     def _sae(self) -> Any:
-
         if self.cfg.sae.path is not None:
             return fitted(read_sae(self.cfg.sae.path), self.loaded.model)
         settings = SAETraining(**{k: v for k, v in self.cfg.sae.items() if k not in ("path", "train")})
@@ -119,7 +115,6 @@ class Job:
 
     def _part(self, made_from: dict[str, Any], make: Callable[[], tuple[dict[str, np.ndarray], Any]]) -> Any:
         """(arrays, info) of one part: from the cache, or made and kept there."""
-
         file = part_file(made_from)
         if (kept := kept_part(file, made_from)) is not None:
             return kept
@@ -131,7 +126,6 @@ class Job:
 
     def _measured(self, scored: Any, scorer: Scorer) -> Any:
         """Each domain before, the fine-tune, each domain after; the latents that it shifted most."""
-
         kinds = {by_accuracy(examples) for examples in self.data.domains.values()}
         if len(kinds) > 1:
             raise DataError("Some domains have options and others have none, so their changes cannot be compared")
@@ -143,9 +137,15 @@ class Job:
             {**self.made_from, **tuned, "of": "source"}, lambda: (self._shifted(scorer, base_T), None)
         )
         accuracy = kinds == {True}
-        changes = {name: _change(before[name], after[name], accuracy) for name in scored.domains}
-        true = select(torch.from_numpy(shifted["delta"]), len(scored.selection.latents)).latents
+        changes = {name: _change(before[name], after[name], self._chance(name)) for name in scored.domains}
+        delta_s = torch.from_numpy(shifted["delta"])
+        true = select(delta_s, len(scored.selection.latents)).latents if bool((delta_s > 0).any()) else None
         return replace(scored, changes=changes, measured="accuracy" if accuracy else "loss", true_latents=true)
+
+    def _chance(self, domain: str) -> float | None:
+        """Accuracy by guessing; None for a domain that is measured by loss."""
+        options = [len(e.options) for e in self.data.domains[domain]]
+        return float(np.mean([1 / n for n in options])) if all(options) else None
 
     def _values(self, when: dict[str, Any], base_T: list[Any], scorer: Scorer | None = None) -> dict[str, Measured]:
         """Every domain's items; with a `scorer` after the fine-tune, which the first value not kept asks for."""
@@ -173,7 +173,6 @@ class Job:
 
     def _shifted(self, scorer: Scorer, base_T: list[Any]) -> dict[str, np.ndarray]:
         """The shift of every latent by the fine-tune, on the source's queries without demonstrations."""
-
         self._tune(scorer, base_T)
         sums = PairSums()
         capture = Capture(self.loaded.model, scorer.capture.layer, scorer.batch_tokens)
@@ -186,9 +185,14 @@ class Job:
         return [base for _, base, _ in pairs]
 
 
-def _change(before: Any, after: Any, accuracy: bool) -> dict[str, Any]:
+def _about_positions(model: Any) -> list[str]:
+    if not absolute_positions(model):
+        return []
+    return ["the model learned a vector per position, so that a prompt in front shifts features by itself"]
 
+
+def _change(before: Measured, after: Measured, chance: float | None) -> dict[str, Any]:
     interval = change(before, after)
-    note = change_note(before.mean, after.mean, len(before.value_N)) if accuracy else ""
+    note = "" if chance is None else change_note(before.mean, after.mean, len(before.value_N), chance)
     bounds = {"change_low": interval.low, "change_high": interval.high}
     return {"before": before.mean, "after": after.mean, "change": interval.mean, **bounds, "note": note}

@@ -95,6 +95,8 @@ def write(
     advice = mixture([row[rank] for row in table], budget) if budget else None
     checks = validation(table, None) if scored.changes else {}
     chosen = validation(table, extremes) if scored.changes and extremes else {}
+    able = [row for row in table if not str(row.get("note")).startswith("near 0")]
+    without = validation(able, None) if scored.changes and 0 < len(able) < len(table) else {}
     result = {
         **scored.facts,
         "N": len(scored.selection.latents),
@@ -105,6 +107,8 @@ def write(
         "scores": {row["domain"]: {k: v for k, v in row.items() if k != "domain"} for row in table},
         "validation": {name: asdict(check) for name, check in checks.items()},
     }
+    if without:
+        result["validation_of_domains_that_can_drop"] = {name: asdict(check) for name, check in without.items()}
     if chosen:
         result["validation_of_extremes"] = {name: asdict(check) for name, check in chosen.items()}
     if scored.true_latents is not None:
@@ -116,7 +120,7 @@ def write(
     write_json(folder / "result.json", result)
     drawn = figures.draw(table, folder / "figures", scored.measured if scored.changes else "")
     replace(folder / "table.csv", _csv(table).encode())
-    replace(folder / "table.md", _markdown(scored, table, checks, chosen, advice, result, drawn).encode())
+    replace(folder / "table.md", _markdown(scored, table, (checks, without, chosen), advice, result, drawn).encode())
     _page(folder / "latents.html", scored)
 
 
@@ -139,8 +143,10 @@ def _csv(table: Sequence[dict[str, Any]]) -> str:
     return pd.DataFrame(list(table)).to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
-def _markdown(scored, table, checks, chosen, advice, result, drawn) -> str:
-    facts = scored.facts
+def _markdown(
+    scored: Scored, table: Sequence[dict[str, Any]], validated: Any, advice: Any, result: Any, drawn: dict[str, str]
+) -> str:
+    facts, (checks, without, chosen) = scored.facts, validated
     lines = [f"# {scored.title}", *(f"**Warning:** {w}." for w in facts["warnings"])]
     lines.append(
         f"{len(scored.selection.latents)} of {len(scored.source['delta'])} latents hold "
@@ -168,6 +174,8 @@ def _markdown(scored, table, checks, chosen, advice, result, drawn) -> str:
                 f"Overlap of the predicted latents with those that training shifted most: {result['overlap']:.2f} "
                 f"(chance {result['overlap_chance']:.3f})."
             )
+    if without:
+        lines += ["## Without domains near 0 or chance before training, which cannot drop", _checks(without)]
     if chosen:
         lines += ["## Selected domains only", "Chosen by the outcome, as in the paper: r is inflated.", _checks(chosen)]
     lines += [f"![{title}]({path})" for title, path in drawn.items()]

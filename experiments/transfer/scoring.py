@@ -23,7 +23,7 @@ from experiments.passages import MOST_SKIPPED, Prompter
 from experiments.transfer.data import Example
 from methods.errors import DataError
 from methods.sts.sae import SAE
-from methods.sts.scores import PairSums, Selection, count_for_share, select
+from methods.sts.scores import FeatureSums, PairSums, Selection, count_for_share, select
 
 if TYPE_CHECKING:
     from experiments.weights import LoadedModel
@@ -67,7 +67,7 @@ class Scorer:
                 where=f"domain {examples[0].domain}" if examples else "",
                 got=f"{len(examples)} texts",
                 expected=f"more than {demos}",
-                fix="give more texts, or lower score.demos or score.domain_demos",
+                fix="give more texts, or lower score.demos or score.source_demos",
             )
         first = [e.asked for e in examples[:demos]]
         prompter = self.plain if examples[0].is_text else self.prompter
@@ -110,16 +110,16 @@ class Scorer:
     def domain(self, examples: Sequence[Example], selected: dict[str, list[int]]) -> dict[str, np.ndarray]:
         """Step 2 on a domain: per text (N) sums over tokens of sum_{j in D} h_j, of squares, of squared shifts, for
         the aligned D (`act`, `squares`, `icl`) and the release's (`released`); per latent of D the strongest token of
-        each text (`best`, `place`, both (N, D)); `mean` and `square` over all latents."""
+        each text (`best`, `place`, both (N, D)); `mean` and `square` over all latents (s)."""
         pairs = self.pairs(examples, self.demos, self.tokens)
         count = len(pairs)
         chosen, release = selected["latents"], selected["release"]
         per_text = {k: np.zeros(count) for k in ("act", "squares", "icl", "released", "tokens")}
         best = np.zeros((count, len(chosen)), dtype=np.float32)
         place = np.zeros((count, len(chosen)), dtype=np.int64)
-        found = PairSums()
+        found = FeatureSums()
         for row_T, base_Ts, context_Ts, offset_T in self._features(pairs):
-            found.add(base_Ts, context_Ts)
+            found.add(base_Ts)
             h_TD = base_Ts[:, chosen].double()
             moved_TD = (h_TD - context_Ts[:, chosen].double()).square()
             values = (h_TD.sum(1), h_TD.square().sum(1), moved_TD.sum(1), base_Ts[:, release].double().square().mean(1))
@@ -127,7 +127,7 @@ class Scorer:
                 np.add.at(per_text[key], row_T, value_T.cpu().numpy())
             np.add.at(per_text["tokens"], row_T, 1)
             strongest(h_TD.float().cpu().numpy(), row_T, offset_T, best, place)
-        mean = {"mean": found.base.mean_s.cpu().numpy(), "square": found.base.mean_square_s.cpu().numpy()}
+        mean = {"mean": found.mean_s.cpu().numpy(), "square": found.mean_square_s.cpu().numpy()}
         return per_text | {"best": best, "place": place} | mean
 
     def _features(
@@ -145,6 +145,7 @@ class Scorer:
         self.seconds += time.monotonic() - began
 
     def features(self, z_Td: torch.Tensor) -> torch.Tensor:
+        """(T, s) features of residual vectors."""
         return self.sae.encode(z_Td)
 
     def scored(

@@ -154,6 +154,14 @@ def test_measured_changes_are_validated_over_all_domains(score, tmp_path):
     assert again["validation"]["act"]["r"] == pytest.approx(result["validation"]["act"]["r"])
 
 
+def test_a_fine_tune_that_changes_nothing_has_no_correlation(score):
+    words = ["measure=true", "sft.epochs=1", "sft.batch_size=4", "sft.learning_rate=0", "sft.save_every=0"]
+    folder = score(*words)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["validation"]["act"]["r"] is None and "overlap" not in result
+    assert "the change is the same in every domain" in (folder / "table.md").read_text()
+
+
 def test_accuracy_of_multiple_choice(score, world, tmp_path):
     rows = [
         {"category": d, "question": f"{w.split()[0]} {k}", "options": ["x", "y", "z"], "answer": "ABC"[k % 3]}
