@@ -256,6 +256,8 @@ class Trainer:
 
     def _begin(self, block_Nd: Tensor) -> SAE:
         s, d = self.settings, block_Nd.shape[1]
+        if float((block_Nd - block_Nd.mean(0)).square().sum()) <= 1e-10 * float(block_Nd.square().sum()):
+            raise DataError("The residual stream is all the same", where=f"layer {s.layer}", expected="different texts")
         self.scale = float(d**0.5 / block_Nd.norm(dim=1).mean())
         generator = torch.Generator().manual_seed(derive(s.seed, "sae", "weights"))
         assert s.latents is not None

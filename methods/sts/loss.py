@@ -8,8 +8,7 @@
 A latent is dead if it has not fired for a number of tokens. Differs from the libraries: SAELens sums squared errors
 and has aux coefficient 1, sparsify adds b_dec to e_hat, dictionary_learning divides aux by the residual's variance.
 
-Degenerate: no dead latent gives aux 0, fewer than k_aux takes those; a batch of equal vectors makes the loss infinite
-or NaN.
+Degenerate: no dead latent gives aux 0, fewer than k_aux takes those; equal vectors have no finite loss.
 """
 
 from __future__ import annotations
