@@ -30,7 +30,11 @@ def check_file(path: Path, config_dirs: Sequence[Path]) -> str:
     if "_target_" in data:
         check_target(path, data)
         return "its class accepts it"
-    if path.stem in ("train", "eval", "judge") and group == path.parent.name and (path.parent / "experiment").is_dir():
+    if (
+        path.stem in ("train", "eval", "judge", "score_transfer")
+        and group == path.parent.name
+        and (path.parent / "experiment").is_dir()
+    ):
         composing.compose(path.stem, [], config_dirs)
         return "composes"
     return "parses"

@@ -10,7 +10,7 @@ from typing import Any
 from methods.errors import ConfigError, nearest
 
 SMOKE_KEYS = ("seeds", "overrides", "arms")
-COMMANDS = ("train", "eval", "judge")
+COMMANDS = ("train", "eval", "judge", "score_transfer")
 SIGNS = ("lower", "higher", "equal")
 FROM_ARM = "model.init=arm:"  # an arm that starts from what another arm has trained, with the same seed
 

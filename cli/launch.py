@@ -30,7 +30,7 @@ TARGET = "experiments.run:run"
 # Words that steer launching; they are no keys of the configuration.
 WORDS = ("experiment", "arms", "seeds", "smoke", "report", "jobs")
 # Groups whose choices name an experiment that has no name.
-NAMING = {"judge": ("benchmark", "judge")}
+NAMING = {"judge": ("benchmark", "judge"), "score_transfer": ("domains", "model")}
 # Keys that do not make a run another run.
 BOOKKEEPING = re.compile(
     r"(seed|name|jobs|results_dir|overwrite|debug|record(\..*)?|trainer\.(save|keep)_\w+|eval\.progress|hydra[./].*)$"
@@ -95,7 +95,7 @@ def plan(
     elif spec.command != config_name:
         raise ConfigError(
             f"the experiment '{spec.name}' is run by another subcommand",
-            fix=f"assay {spec.command} experiment={spec.name}",
+            fix=f"assay {spec.command.replace('_', '-')} experiment={spec.name}",
         )
     lines = _experiment_lines(spec, words, rest, multirun) if spec else [("", w) for w in _sweep(rest, multirun)]
     name = _value(rest, "name")

@@ -26,6 +26,7 @@ KINDS = {
     "rewards": "reward",
     "scales": "scale",
     "generations": "generation",
+    "domains": "domains",
 }
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("cli.eval", "eval_", "Score a model, checkpoint or endpoint on a task or suite."),
     "judge": ("cli.judge", "judge", "Rubrics and pairwise judging (CDRRM); benchmarks of judges."),
     "synth-data": ("cli.synth_data", "synth_data", "Synthesise tool-calling conversations from triples (ToolForge)."),
+    "score-transfer": ("cli.score_transfer", "score_transfer", "Predict which domains a fine-tune will change (STS)."),
     "report": ("cli.report", "report", "Tables with intervals, plots and a sample browser from recorded runs."),
     "ls": ("cli.ls", "ls", "List methods, tasks, models, objectives, experiments, engines, suites."),
     "memory": ("cli.memory", "memory", "List what a graph memory has learned; merge, save, export and draw it."),

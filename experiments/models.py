@@ -121,7 +121,7 @@ class Tiny:
     def _build(self, folder: Path, key: dict, rows: list, warm: WarmStart | None) -> None:
         tokenizer = tiny_tokenizer(key["symbols"], self.chat)
         with untouched_random_state():
-            model = self._new(tokenizer, key["model"]["seed"])
+            model = self.new(tokenizer, key["model"]["seed"])
         metrics: dict[str, float] = {"trained_tokens": 0}
         if warm is not None:
             assert warm.seed is not None
@@ -135,7 +135,7 @@ class Tiny:
                 use_cpu=True,  # the same weights on every machine that has a GPU and every one that has none
             )
             loaded = LoadedModel(model, tokenizer, self.chat, self.name)
-            with _alone(), _one_thread():
+            with _alone(), one_thread():
                 metrics = train_sft(
                     loaded, rows, settings, output_dir=folder, seed=warm.seed, progress=f"warm start of {self.name}"
                 )
@@ -144,7 +144,8 @@ class Tiny:
         tokenizer.save_pretrained(folder)
         (folder / "warm_start.json").write_text(json.dumps(metrics) + "\n")
 
-    def _new(self, tokenizer: Any, seed: int) -> Any:
+    def new(self, tokenizer: Any, seed: int) -> Any:
+        """A model of this shape with fresh weights, for the tokenizer's vocabulary."""
         import torch
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -344,7 +345,7 @@ def _from_mapping(cls: type, values: Mapping, where: str) -> Any:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Faster for models of this size as soon as anything else runs, and the same sums on every machine."""
     import torch
 

@@ -32,6 +32,8 @@ from torch import Tensor
 
 from methods.errors import ConfigError, DataError
 
+_ROWS = 256  # rows that are squared at once: they stay in the processor's cache
+
 
 class FeatureSums:
     """Running float64 sums of features over tokens: what steps 1 and 2 need of a text, a domain or a corpus.
@@ -53,8 +55,9 @@ class FeatureSums:
             self.sum_s = torch.zeros(h_Ts.shape[1], dtype=torch.float64, device=h_Ts.device)
             self.squares_s = torch.zeros_like(self.sum_s)
         self.tokens += len(h_Ts)
-        self.sum_s += h_Ts.sum(0, dtype=torch.float64)
-        self.squares_s += h_Ts.double().square().sum(0)
+        for part_Ts in h_Ts.split(_ROWS):
+            self.sum_s += part_Ts.sum(0, dtype=torch.float64)
+            self.squares_s += part_Ts.square().sum(0, dtype=torch.float64)
         return self
 
     def merge(self, other: FeatureSums) -> FeatureSums:
@@ -116,8 +119,7 @@ class PairSums:
             )
         self.base.add(base_Ts)
         self.context.add(context_Ts)
-        # Subtracted in float64: a shift may be far smaller than the feature.
-        self.difference.add(base_Ts.double() - context_Ts.double())
+        self.difference.add(base_Ts - context_Ts)
         return self
 
     def merge(self, other: PairSums) -> PairSums:

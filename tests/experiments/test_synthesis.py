@@ -265,7 +265,7 @@ def test_a_model_in_this_process_is_asked(job, tmp_path):
     from experiments.tokenizers import tiny_tokenizer
 
     tokenizer = tiny_tokenizer(chat=True)
-    Tiny(chat=True, warm_start=None, max_length=8192)._new(tokenizer, 0).save_pretrained(tmp_path / "model")
+    Tiny(chat=True, warm_start=None, max_length=8192).new(tokenizer, 0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(RunError, match="cannot be read"):
         job(f"input={write_triples(tmp_path / 'one.jsonl', 1)}", "engine=transformers", "model=hf",
@@ -626,7 +626,7 @@ def test_trl_trains_on_the_files_as_they_are(job, tmp_path):
 
     folder = job("conversations=6")
     tokenizer = tiny_tokenizer(chat=True)
-    model = Tiny(chat=True, warm_start=None, max_length=4096)._new(tokenizer, 0)
+    model = Tiny(chat=True, warm_start=None, max_length=4096).new(tokenizer, 0)
     for file in ("train.parquet", "train.jsonl"):
         kind = "parquet" if file.endswith("parquet") else "json"
         rows = datasets.load_dataset(kind, data_files=str(folder / file), split="train", cache_dir=str(tmp_path / "hf"))

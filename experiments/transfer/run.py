@@ -1,0 +1,85 @@
+"""The job behind `assay score-transfer`: scores of domains, measured changes if asked for, files and a record."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.engines.build import instantiate
+from experiments.evaluate import is_done, sigterm_interrupts
+from methods.errors import ConfigError, check_range
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+RANKS = ("act", "icl", "cosine", "random")
+SETTINGS = {  # key: the least value
+    "score.source_demos": 1, "score.source_tokens": 1, "score.demos": 1, "score.tokens": 1, "score.latents": 1,
+    "score.context": 8, "score.piece": 40, "score.batch_tokens": 1, "sft.rows": 1, "sft.items": 1, "mixture.budget": 1,
+    "extremes": 1,
+}  # fmt: skip
+
+
+def run(cfg: DictConfig) -> Path:
+    """Score as `cfg` (conf/score_transfer.yaml) says and return the run folder.
+
+    A finished record of the same configuration is returned at once. An interrupted one goes on with the next domain, a
+    fine-tune from its last checkpoint, and ends in the same files. Raises DataError and ConfigError before the model is
+    loaded where the data or the settings are wrong, KeyboardInterrupt on SIGINT and SIGTERM.
+    """
+    from experiments.recording import make_room, only_writer, open_record, run_folder
+    from experiments.transfer.data import read
+
+    path = run_folder(cfg)
+    if is_done(path, cfg):
+        print(f"{path}: finished earlier, skipped", file=sys.stderr)
+        return path
+    check(cfg)
+    data = read(instantiate(cfg.domains), cfg.source, cfg.score.piece, int(cfg.seed))
+    from experiments.transfer.job import Job
+
+    with only_writer(path):
+        make_room(path, cfg)
+        writer = open_record(path, cfg, "score-transfer")
+        try:
+            with sigterm_interrupts():
+                values, cost = Job(cfg, data, path).work()
+        except BaseException as error:
+            writer.fail("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
+            raise
+        writer.finish(values, cost)
+    return path
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises ConfigError for settings that cannot be run, without reading data or loading a model."""
+    from omegaconf import OmegaConf
+
+    for key, least in SETTINGS.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None:
+            check_range(key, value, least)
+    check_range("score.share", cfg.score.share, 0, 1, above=True)
+    check_range("sft.learning_rate", cfg.sft.learning_rate, 0)
+    if cfg.score.rank not in RANKS:
+        raise ConfigError("unknown score", where="score.rank", got=cfg.score.rank, expected=", ".join(RANKS))
+    if cfg.measure and cfg.changes:
+        raise ConfigError("Changes are either given or measured", where="changes", fix="leave out changes or measure")
+    if cfg.extremes and not (cfg.measure or cfg.changes):
+        raise ConfigError("The extremes are chosen by measured changes", where="extremes", fix="add measure=true")
+    if cfg.sae.path is None and not cfg.sae.train:
+        raise ConfigError(
+            "A score needs an SAE of this model",
+            where="sae.path",
+            expected="a folder in SAELens's or sparsify's layout",
+            fix="give sae.path=FOLDER, or sae.train=true to train one on these texts",
+        )
+    instantiate(cfg.domains)
+
+
+def shown(cfg: DictConfig) -> str:
+    """What a finished run says: its table."""
+    from experiments.recording import run_folder
+
+    return (run_folder(cfg) / "table.md").read_text(encoding="utf-8")
