@@ -246,7 +246,12 @@ def test_same_settings_same_rows_and_other_splits_have_other_cities(task, rows):
 
 
 def test_settings_are_checked():
-    for keys in ({"rounds": 0}, {"world_seeds": {"train": 1, "eval": 1, "test": 2}}, {"world_seeds": {"train": 1}}):
+    for keys in (
+        {"rounds": 0},
+        {"show": 200},
+        {"world_seeds": {"train": 1, "eval": 1, "test": 2}},
+        {"world_seeds": {"train": 1}},
+    ):
         with pytest.raises(ConfigError):
             LocalLife(**keys)
 

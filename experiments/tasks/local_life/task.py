@@ -68,8 +68,9 @@ class LocalLife(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("rounds", "max_result_tokens", "judge_tokens"):
+        for key in ("rounds", "show", "max_result_tokens", "judge_tokens"):
             check_range(f"task.{key}", getattr(self, key), 1)
+        check_range("task.retrieve", self.retrieve, self.show)
         check_range("task.questions", self.questions, 0)
         if set(self.world_seeds) != set(SPLITS) or len(set(self.world_seeds.values())) < len(SPLITS):
             raise ConfigError(
@@ -127,7 +128,8 @@ class LocalLife(Task):
 
     @property
     def tools(self) -> Tools:
-        last = prompts.LAST["zh" if self.language == "zh" else "en"]
+        # The questions of a file may be in either language.
+        last = " ".join(prompts.LAST.values()) if self.path else prompts.LAST[self.language]
         return Tools(Tags(), self.rounds, self.max_turn_tokens, self.max_result_tokens, last=last)
 
     def environment(self, row: Row) -> Visit:
