@@ -147,7 +147,8 @@ def escaped(text: Any) -> str:
 def build(targets: Sequence[str], root: str | Path = "results", release_compat: bool = False) -> Path:
     """Writes leaderboard.md and local_life.html for the runs of task=local_life that `targets` name; prints the table.
 
-    Both go to `<root>/<experiment>/`; the path of the page is returned. Runs of one arm are put together. ConfigError
+    Both go to `<root>/<experiment>/`; the path of the page is returned. Runs of one arm are put together, and the arms
+    ordered by correctness. ConfigError
     where no run of this task has been evaluated.
     """
     from experiments import browser, report
@@ -163,7 +164,9 @@ def build(targets: Sequence[str], root: str | Path = "results", release_compat: 
             "There is no evaluated run of task=local_life", where=", ".join(targets) or name, got=f"{len(runs)} runs",
             fix="evaluate something first, for example: assay eval model=smollm2 task=local_life eval.items=20",
         )  # fmt: skip
-    table = [line for arm, members in arms.items() for line in lines(arm, latest(members), release_compat)]
+    boards = [lines(arm, latest(members), release_compat) for arm, members in arms.items()]
+    boards.sort(key=lambda board: -board[0].get("correctness", -1.0))
+    table = [line for board in boards for line in board]
     sources = sorted({source_of(run.config["task"], run.config["eval"]) for r in arms.values() for run in r})
     note = f"Source: {'; '.join(sources)}. Numbers of a generated world or of an evidence corpus are not comparable "
     note += "with the published leaderboard."
@@ -176,7 +179,7 @@ def build(targets: Sequence[str], root: str | Path = "results", release_compat: 
             "counts": COUNTS,
             "levels": sorted({line["split"] for line in table} & {"L3", "L4"}),
             "lines": table,
-            "runs": [entry(arm, run) for arm, members in arms.items() for run in members],
+            "runs": [entry(board[0]["model"], run) for board in boards for run in arms[board[0]["model"]]],
         }
         page = browser.page(Path(__file__).with_name("page"), f"Local life: {name}", note, browser.embed(content))
         replace(folder / "local_life.html", page.encode())
