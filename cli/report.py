@@ -16,6 +16,14 @@ ITEMS = 64
 _OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")
 
 
+Leaderboard = Annotated[
+    bool, typer.Option("--leaderboard", help="Only write the leaderboard of task=local_life and its page.")
+]
+ReleaseCompat = Annotated[
+    bool, typer.Option("--release-compat", help="With --leaderboard: failed verdicts count as zeros.")
+]
+
+
 def report(
     targets: Annotated[
         list[str] | None, typer.Argument(help="An experiment, or folders of runs. Default: the latest experiment.")
@@ -27,12 +35,8 @@ def report(
     ] = None,
     power: Annotated[bool, typer.Option("--power", help="Also print the full power table.")] = False,
     browse: Annotated[bool, typer.Option("--browse", help="Only write samples.html and print its path.")] = False,
-    leaderboard: Annotated[
-        bool, typer.Option("--leaderboard", help="Only write the leaderboard of task=local_life and its page.")
-    ] = False,
-    release_compat: Annotated[
-        bool, typer.Option("--release-compat", help="With --leaderboard: failed verdicts count as zeros.")
-    ] = False,
+    leaderboard: Leaderboard = False,
+    release_compat: ReleaseCompat = False,
     shift: Annotated[
         bool, typer.Option("--shift", help="Compare checkpoints token by token: BASE NEW [NEWER ...].")
     ] = False,
@@ -70,25 +74,26 @@ def report(
       assay report --shift start my/sft my/sft_then_rl task.demo_noise=0
       assay report --shift base_model/ tuned_model/ --texts solutions.jsonl
     """
-    _refuse_mixed(
-        shift,
-        table=[baseline, metric, power, browse, leaderboard],
-        shifts=[texts != "auto", items != ITEMS, reference, seed],
-    )
+    tables = [baseline, metric, power, browse, leaderboard]
+    _refuse_mixed(shift, table=tables, shifts=[texts != "auto", items != ITEMS, reference, seed])
     if shift:
         how = {"texts": texts, "items": items, "references": reference or (), "seed": seed}
         path = _shift(targets or [], results_dir, config_dir or (), how)
-    elif leaderboard:
-        from experiments.tasks.local_life.leaderboard import build as board
-
-        path = board(targets or [], results_dir, release_compat)
-    elif browse:
-        from experiments.report import browse as browser
-
-        path = browser(targets or [], results_dir)
+    elif leaderboard or browse:
+        path = _page(targets or [], results_dir, leaderboard, release_compat)
     else:
         path = _table(targets, results_dir, config_dir or (), baseline, metric or (), power)
     typer.echo(str(path))
+
+
+def _page(targets: Sequence[str], results_dir: str, leaderboard: bool, release_compat: bool) -> Path:
+    if leaderboard:
+        from experiments.tasks.local_life.leaderboard import build
+
+        return build(targets, results_dir, release_compat)
+    from experiments.report import browse
+
+    return browse(targets, results_dir)
 
 
 def _table(targets, results_dir, config_dirs, baseline, metrics, power) -> Path:

@@ -171,9 +171,9 @@ def _hooked(cfg: DictConfig, engine: Any, name: str, task: Task, rows: list[Row]
 
     trajs, columns = hooked.rollouts(stack, ctx, engine, rows, how, None if tokenizer is None else ids)
     results = hooked.as_results(trajs, e.samples)
-    frame = score_results(task, rows, results, split=name)
+    frame = score_results(task, rows, results, split=name).assign(**columns)
     frame.attrs["turns"] = [[{"text": turn.text, "result": turn.result} for turn in t.turns] for t in trajs]
-    return frame.assign(**columns), results
+    return frame, results
 
 
 def _reasons(frames: Sequence[pd.DataFrame]) -> Iterator[str]:
@@ -182,7 +182,7 @@ def _reasons(frames: Sequence[pd.DataFrame]) -> Iterator[str]:
 
 def _record_samples(writer: Any, rows: Sequence[Row], results: Sequence[Sequence[Result]], frame: pd.DataFrame) -> None:
     """One sample per completion; an episode with tools has its `turns`, each with the text and what it was told."""
-    scores, turns = iter(frame["score"].tolist()), iter(frame.attrs.get("turns", ()))
+    scores, turns = iter(frame["score"].tolist()), iter(frame.attrs.pop("turns", ()))
     for row, answers in zip(rows, results, strict=True):
         for result in answers:
             writer.sample(

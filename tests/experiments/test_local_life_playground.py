@@ -246,7 +246,12 @@ def test_same_settings_same_rows_and_other_splits_have_other_cities(task, rows):
 
 
 def test_settings_are_checked():
-    for keys in ({"rounds": 0}, {"world_seeds": {"train": 1, "eval": 1, "test": 2}}, {"world_seeds": {"train": 1}}):
+    for keys in (
+        {"rounds": 0},
+        {"show": 200},
+        {"world_seeds": {"train": 1, "eval": 1, "test": 2}},
+        {"world_seeds": {"train": 1}},
+    ):
         with pytest.raises(ConfigError):
             LocalLife(**keys)
 
@@ -306,3 +311,20 @@ def test_replay_gives_the_calls_of_the_rollout(ground):
         (text,) = ToolRunner()([(visit, call)])
         turns.append(Turn(0, 0, 1, "call", [call], text))
     assert Visit(ground, city).replay([*turns, SimpleNamespace(result=None, calls=[call])]) == visit.calls
+
+
+def test_the_judge_of_a_line_is_an_engine(conf, monkeypatch, tmp_path):
+    from hydra import compose, initialize_config_dir
+
+    from experiments.engines.build import instantiate
+
+    monkeypatch.setenv("ASSAY_CACHE", str(tmp_path))
+    words = [
+        "task=local_life",
+        "+engine@task.judge=openai",
+        "task.judge.url=http://127.0.0.1:9/v1",
+        "task.judge.model=m",
+    ]
+    with initialize_config_dir(str(conf), version_base=None):
+        made = instantiate(compose("eval", words).task)
+    assert made._judge.asker.engine.identity()["model"] == "m" and made._judge.asker.max_tokens == 18_000

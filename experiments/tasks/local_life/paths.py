@@ -56,7 +56,7 @@ def read_path(text: str) -> list[PathHop]:
     """The hops of a search path; an empty list for a text that holds none."""
     starts = list(_HOP.finditer(text))
     ends = [m.start() for m in starts[1:]] + [len(text)]
-    return [_hop(text[m.end() : end]) for m, end in zip(starts, ends, strict=True)]
+    return [_hop(text[m.end() : end]) for m, end in zip(starts, ends, strict=False)]
 
 
 def _hop(text: str) -> PathHop:

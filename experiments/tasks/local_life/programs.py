@@ -134,7 +134,7 @@ class Solver:
 
     def solve_rows(self, program: Program) -> list[int] | None:
         if program.budget is not None:
-            return self._plan(program)
+            return self._plan(program, program.budget)
         found: list[int] = []
         for hop in program.hops:
             winner = self.solve_hop(program.city, hop, found)
@@ -225,7 +225,7 @@ class Solver:
         clear = len(rows) == 1 or values[order[1]] - values[order[0]] >= self.margins[key] - EPS
         return int(rows[order[0]]) if clear else None
 
-    def _plan(self, program: Program) -> list[int] | None:
+    def _plan(self, program: Program, budget: float) -> list[int] | None:
         """One merchant per hop, all at the anchor: the largest sum of ratings with prices within the budget."""
         options = []
         for hop in program.hops:
@@ -238,7 +238,7 @@ class Solver:
         for rows in options:
             ratings = np.add.outer(ratings, self.rating[rows])
             prices = np.add.outer(prices, self.price[rows])
-        ratings = np.where(prices <= program.budget + EPS, ratings, -np.inf).ravel()
+        ratings = np.where(prices <= budget + EPS, ratings, -np.inf).ravel()
         order = np.argsort(-ratings, kind="stable")[:2]
         if not np.isfinite(ratings[order[0]]):
             return None

@@ -20,7 +20,11 @@ first, then call, or give the final answer without any call, in this form:
 【Answer】
 1. name (poi_id), address: ..., price: ..., rating: ..., hours: ...
 
-Name exactly the merchants that the user needs, in the order of the visits, each with its poi_id from the results.""",
+Name exactly the merchants that the user needs, in the order of the visits, each with its poi_id from the results.
+
+Example of a first reply:
+I look for hotpot places first.
+<rag>{city} Riverside hotpot</rag>""",
     "zh": """\
 你在{city}；除非用户指定其他地点，否则以此为准。你借助工具回答餐饮、购物、酒店等本地生活需求，用标签调用工具：
 
@@ -35,7 +39,11 @@ Name exactly the merchants that the user needs, in the order of the visits, each
 【答案】
 1. 名称（poi_id），地址：……，人均：……，评分：……，营业：……
 
-只列出用户需要的商户，按到访顺序排列，每个都带上结果中的 poi_id。""",
+只列出用户需要的商户，按到访顺序排列，每个都带上结果中的 poi_id。
+
+第一轮回复示例：
+先找火锅店。
+<rag>{city}河畔 火锅</rag>""",
 }
 LAST = {
     "en": "This was the last round: call no further tool and give the final answer now.",

@@ -210,7 +210,7 @@ class Drawer:
     def _around(self, hop: int) -> Near:
         return Near("hop", hop=hop, km=self.rng.choice(DISTANCES) if self.rng.random() < 0.5 else None)
 
-    def _hop(self, kind: str, near: tuple[Near, ...], place: int, coupling: str, arrival: tuple[int, int]) -> Hop:
+    def _hop(self, kind: str, near: Sequence[Near], place: int, coupling: str, arrival: tuple[int, int]) -> Hop:
         key = self._pick(KEYS)
         if key == "nearest" and (near[0].of == "district" or len(near) > 1):
             key = "rating"
@@ -227,7 +227,7 @@ class Drawer:
             if near[0].of == "event":  # a time filter would make it L4
                 allowed = {k: v for k, v in allowed.items() if k != "open_at"}
             conditions.append(self._condition(self._pick(allowed), kind))
-        return Hop(kind, near, tuple(conditions), key)
+        return Hop(kind, tuple(near), tuple(conditions), key)
 
     def _condition(self, kind: str, subcategory: str) -> Condition:
         own, language, rng = CATALOGUE.kind(subcategory), self.world.language, self.rng

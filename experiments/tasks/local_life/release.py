@@ -49,7 +49,7 @@ def benchmark(records: Sequence[Mapping], source: str, corpus: str | None) -> tu
         )  # fmt: skip
     questions, evidence = [], {}
     for number, record in enumerate(records):
-        cells = {what: record.get(name) if name else None for what, name in names.items()}
+        cells: dict[str, Any] = {what: record.get(name) if name else None for what, name in names.items()}
         if not all(isinstance(cells[what], str) and cells[what] for what in NEEDED):
             raise DataError("A question has an empty cell", where=f"{source}, row {number + 1}", got=repr(cells)[:120])
         path = read_path(cells["path"])

@@ -36,7 +36,6 @@ def make_app(playground: Playground, *, rate: float = RATE, body: int = BODY) ->
         from fastapi import FastAPI, Request
         from fastapi.exceptions import RequestValidationError
         from fastapi.responses import Response
-        from pydantic import BaseModel, ConfigDict, Field
         from starlette.exceptions import HTTPException
     except ImportError as error:
         raise ConfigError(
@@ -44,32 +43,6 @@ def make_app(playground: Playground, *, rate: float = RATE, body: int = BODY) ->
         ) from error
     check_range("rate", rate, 0)
     check_range("body", body, 64)
-
-    class Strict(BaseModel):
-        model_config = ConfigDict(extra="forbid", strict=True)
-
-    Text = functools.partial(Field, min_length=1)
-
-    class Search(Strict):
-        query: str = Text(max_length=LONGEST)
-        city: str = Text(max_length=100)
-        top_k: int = Field(playground.show, ge=1, le=playground.show)
-
-    class Detail(Strict):
-        poi_id: str = Text(max_length=100)
-
-    class Web(Strict):
-        query: str = Text(max_length=LONGEST)
-
-    class Distance(Strict):
-        from_id: str = Text(max_length=100)
-        to_id: str = Text(max_length=100)
-
-    class Hours(Strict):
-        poi_id: str = Text(max_length=100)
-        weekday: str = Text(max_length=20)
-        time: str = Field(pattern=r"^([01]?\d|2[0-3]):[0-5]\d$")
-
     app = FastAPI(title="LocalPlayground", docs_url=None, redoc_url=None)
     answers = Answers(playground)
 
@@ -77,21 +50,18 @@ def make_app(playground: Playground, *, rate: float = RATE, body: int = BODY) ->
         return Response(json.dumps(value, ensure_ascii=False), status, media_type="application/json")
 
     # The handlers are coroutines: a search is too short for a thread's switch to pay.
-    def route(path: str, model: Any, answer: Any) -> None:
+    def route(name: str, model: Any) -> None:
         async def handler(asked):
             try:
-                return reply(200, answer(asked))
+                return reply(200, getattr(answers, name)(asked))
             except (LookupError, ValueError) as error:
                 return reply(404, {"error": str(error)})
 
         handler.__annotations__ = {"asked": model}
-        app.post(path)(handler)
+        app.post(f"/{name}")(handler)
 
-    route("/search", Search, answers.search)
-    route("/detail", Detail, answers.detail)
-    route("/web_search", Web, answers.web_search)
-    route("/distance", Distance, answers.distance)
-    route("/hours", Hours, answers.hours)
+    for name, model in bodies(playground.show).items():
+        route(name, model)
 
     @app.get("/health")
     async def health() -> Response:
@@ -108,6 +78,38 @@ def make_app(playground: Playground, *, rate: float = RATE, body: int = BODY) ->
 
     app.add_middleware(Limits, rate=rate, body=body)
     return app
+
+
+def bodies(show: int) -> dict[str, type]:
+    """What each path takes: exactly these fields, of exactly these types."""
+    from pydantic import BaseModel, ConfigDict, Field
+
+    class Strict(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+
+    short, text = Field(min_length=1, max_length=100), Field(min_length=1, max_length=LONGEST)
+
+    class Search(Strict):
+        query: str = text
+        city: str = short
+        top_k: int = Field(show, ge=1, le=show)
+
+    class Detail(Strict):
+        poi_id: str = short
+
+    class Web(Strict):
+        query: str = text
+
+    class Distance(Strict):
+        from_id: str = short
+        to_id: str = short
+
+    class Hours(Strict):
+        poi_id: str = short
+        weekday: str = Field(min_length=1, max_length=20)
+        time: str = Field(pattern=r"^([01]?\d|2[0-3]):[0-5]\d$")
+
+    return {"search": Search, "detail": Detail, "web_search": Web, "distance": Distance, "hours": Hours}
 
 
 class Answers:

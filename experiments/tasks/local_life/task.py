@@ -14,7 +14,7 @@ from experiments.tasks.local_life.playground import TOOLS, UNSEEN, Playground, T
 from experiments.tasks.local_life.sources import Source, of_path, of_seed
 from experiments.tasks.local_life.verdicts import build_judge, judged
 from experiments.tools import Tools
-from methods.errors import ConfigError, check_range, nearest
+from methods.errors import ConfigError, DataError, check_range, nearest
 
 if TYPE_CHECKING:
     from experiments.tasks.local_life.judge import Judge
@@ -34,8 +34,9 @@ class LocalLife(Task):
     "" generates a world per split from `world_seeds`, so that the cities of one split are never those of another.
     corpus: a merchant file (JSONL) for public questions; null takes the merchants that their search paths name, which
     is a far easier corpus. rounds: N of the paper's agent loop; after N rounds of calls one answer is forced.
-    retrieve, show, dense, rerank: LocalRAG (`playground.Playground`). judge: an engine's keys with its `_target_`; None
-    leaves fluency, safety and the scores of a trajectory empty, and public questions without a score.
+    retrieve, show, dense, rerank: LocalRAG (`playground.Playground`). judge: an engine, in a line as
+    `'+engine@task.judge=openai' task.judge.url=URL`; None leaves fluency, safety and the scores of a trajectory empty,
+    and public questions without a score.
 
     Row.answer is the list of gold ids, None for public questions. The score is correctness: the ids cited behind
     【Answer】 are the gold ones in their order, and each was retrieved in this rollout. Row ids begin with a city.
@@ -63,13 +64,14 @@ class LocalLife(Task):
     rerank: str | None = None
     max_turn_tokens: int | None = None
     max_result_tokens: int = 8192
-    judge: dict[str, Any] | None = None
+    judge: Any = None
     judge_tokens: int = 18_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("rounds", "max_result_tokens", "judge_tokens"):
+        for key in ("rounds", "show", "max_result_tokens", "judge_tokens"):
             check_range(f"task.{key}", getattr(self, key), 1)
+        check_range("task.retrieve", self.retrieve, self.show)
         check_range("task.questions", self.questions, 0)
         if set(self.world_seeds) != set(SPLITS) or len(set(self.world_seeds.values())) < len(SPLITS):
             raise ConfigError(
@@ -106,6 +108,8 @@ class LocalLife(Task):
         """Rows in the order fixed by `seed`. Raises DataError for a source that cannot be used or has no such split:
         public questions are there for evaluation only."""
         rows = [self._row(question, split) for question in self._source(split).of_split(split)]
+        if not rows:
+            raise DataError("There are no questions", where="task.questions", got=self.questions, expected="at least 1")
         return shuffled(rows, seed, "local_life", split)
 
     def _row(self, question: Question, split: str) -> Row:
@@ -127,7 +131,8 @@ class LocalLife(Task):
 
     @property
     def tools(self) -> Tools:
-        last = prompts.LAST["zh" if self.language == "zh" else "en"]
+        # The questions of a file may be in either language.
+        last = " ".join(prompts.LAST.values()) if self.path else prompts.LAST[self.language]
         return Tools(Tags(), self.rounds, self.max_turn_tokens, self.max_result_tokens, last=last)
 
     def environment(self, row: Row) -> Visit:
@@ -156,7 +161,7 @@ class LocalLife(Task):
 
     @cached_property
     def _judge(self) -> Judge:
-        return build_judge(self.judge or {}, self.judge_tokens)
+        return build_judge(self.judge, self.judge_tokens)
 
     def _episode(self, traj: Trajectory) -> tuple[str, list[metrics.Call]]:
         """What the model wrote last, and the calls that were carried out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.tasks.local_life import metrics
@@ -18,13 +18,11 @@ VALUES = (*(f"judge_{name}" for name in (*ANSWER, "total", *TRAJECTORY, "overall
 Episode = tuple[str, Sequence[metrics.Call]]
 
 
-def build_judge(node: Mapping[str, Any], max_tokens: int) -> Judge:
-    """The judge behind the engine that `node` describes; its verdicts are kept on disk."""
+def build_judge(engine: Any, max_tokens: int) -> Judge:
+    """The judge behind an engine; its verdicts are kept on disk."""
     from experiments.artefacts import cache_root, digest
-    from experiments.engines.build import instantiate
     from experiments.engines.cache import CachedEngine
 
-    engine = instantiate(node)
     kept = CachedEngine(engine, cache_root() / "requests" / digest(engine.identity())[:20])
     return Judge(kept, max_tokens)
 

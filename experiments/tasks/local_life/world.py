@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -119,11 +120,12 @@ class World:
     raw: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ids = self.merchants["poi_id"]
-        if (ids.astype(str) == "").any() or ids.isna().any():
+        ids = self.merchants["poi_id"].tolist()
+        if not all(ids):
             raise DataError("A merchant has no poi_id", where=self.source, fix="give every merchant an id")
-        if not ids.is_unique:
-            raise DataError("Two merchants have the same poi_id", where=self.source, got=ids[ids.duplicated()].iloc[0])
+        if len(set(ids)) < len(ids):
+            twice = next(poi_id for poi_id, n in Counter(ids).items() if n > 1)
+            raise DataError("Two merchants have the same poi_id", where=self.source, got=twice)
 
     def __len__(self) -> int:
         return len(self.merchants)
@@ -222,5 +224,5 @@ def frame(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     columns = {name: [r.get(name, getattr(empty, name)) for r in records] for name in FIELDS}
     table = pd.DataFrame(columns)
     for name in NUMBERS:
-        table[name] = pd.to_numeric(table[name], errors="coerce").astype(float)
+        table[name] = np.asarray(pd.to_numeric(table[name], errors="coerce"), dtype=float)
     return table
