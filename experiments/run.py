@@ -22,6 +22,9 @@ from methods.errors import AssayError, ConfigError, DataError, RunError, nearest
 INF = float("inf")
 # key, least, most; what is None follows a default
 BOUNDS = (
+    ("trainer.max_steps", 1, INF),
+    ("trainer.prompts_per_step", 1, INF),
+    ("objective.max_length", 1, INF),
     ("trainer.learning_rate", 0.0, INF),
     ("trainer.warmup_steps", 0, INF),
     ("trainer.weight_decay", 0.0, INF),
@@ -81,12 +84,23 @@ def check(cfg: DictConfig) -> None:
         if cfg.method:
             what = f"methods hook into RL; objective.trainer={cfg.objective.trainer} has none"
             raise ConfigError(what, where="method", got=list(cfg.method), fix="method=[]")
+        check_bounds(cfg)
         batching.log_every(cfg, period=1)
         return
     batches = batching.plan(cfg.trainer)
     batching.log_every(cfg, batches.period)
     if batches.world > 1:
         raise ConfigError("runs on several processes are not offered yet", where="WORLD_SIZE", got=batches.world)
+    check_bounds(cfg)
+    stack = build_stack(cfg)
+    if stack.owner("rollout") is None:
+        check_episodes(cfg)
+    if batches.group_size == 2 and any(m.name == "ha_dw" for m in stack.methods):
+        print("note: with two rollouts per prompt HA-DW cannot tell difficulty apart; use 4 or more", file=sys.stderr)
+
+
+def check_bounds(cfg: DictConfig) -> None:
+    """ConfigError for a setting beyond its range, and for an unknown schedule."""
     for key, low, high in BOUNDS:
         value = OmegaConf.select(cfg, key)
         if value is not None and not low <= value <= high:
@@ -100,11 +114,6 @@ def check(cfg: DictConfig) -> None:
             expected=", ".join(SCHEDULES),
             fix=nearest(str(cfg.trainer.lr_schedule), SCHEDULES),
         )
-    stack = build_stack(cfg)
-    if stack.owner("rollout") is None:
-        check_episodes(cfg)
-    if batches.group_size == 2 and any(m.name == "ha_dw" for m in stack.methods):
-        print("note: with two rollouts per prompt HA-DW cannot tell difficulty apart; use 4 or more", file=sys.stderr)
 
 
 def check_episodes(cfg: DictConfig) -> None:
