@@ -39,10 +39,8 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
     from experiments.recorder import Recorder
     from experiments.weights import load_weights
 
-    sft, what = settings(cfg), "pairs" if cfg.objective.trainer == "reward" else "demonstrations"
-    loaded, fit, measure = (_reward if cfg.objective.trainer == "reward" else _sft)(
-        cfg, task, loaded, rows, writer.path
-    )
+    stage, what = (_reward, "pairs") if cfg.objective.trainer == "reward" else (_sft, "demonstrations")
+    sft, (loaded, fit, measure) = settings(cfg), stage(cfg, task, loaded, rows, writer.path)
     with Progress(writer.path, f"one step = {sft.batch_size} {what}") as progress:
         recorder = Recorder(
             writer,
