@@ -247,6 +247,7 @@ def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop) -> N
         trainer.attach(recorder, writer.sample, cfg.record.samples_per_step)
         trainer.stack.inherit(hooked.saved_states(cfg))
         resume = resume_from(writer, recorder, trainer.load_state_dict)
+        trainer.begun_at = recorder.step
         meter.prepare()
         if recorder.step < cfg.trainer.max_steps:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)

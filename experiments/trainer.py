@@ -22,7 +22,7 @@ from transformers import Trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from experiments import collect, rollout, trl_tools, vision
+from experiments import batching, collect, rollout, trl_tools, vision
 from experiments.optim import add_modules
 from experiments.recorder import AfterStep
 from experiments.seeds import derive
@@ -59,6 +59,7 @@ class AssayTrainer(GRPOTrainer):
         self.cost = {k: 0 for k in ("generated_tokens", "trained_tokens", "forwarded_tokens", "judge_calls")}
         self._write_sample: Callable[[dict], Any] | None = None
         self.last_ctx: Context | None = None
+        self.begun_at = 0  # the step that this sitting goes on from
         self.stream_position = 0  # prompts that dynamic sampling has drawn beside the data order
         dataset = Dataset.from_dict({"prompt": [""] * len(rows), "index": list(range(len(rows)))})
         super().__init__(args=args, train_dataset=dataset, reward_funcs=[_unused_reward], **kw)
@@ -82,18 +83,15 @@ class AssayTrainer(GRPOTrainer):
         """Optimiser steps that one generation serves; state is exact only at its multiples."""
         return max(1, self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps)
 
+    def _get_train_sampler(self, dataset=None):
+        return batching.caught_up(super()._get_train_sampler(dataset), self.begun_at // self.period)
+
     def new_context(self, mode: str) -> Context:
         step = self.state.global_step
         ctx = Context(
-            mode=mode,
-            step=step,
-            round=step // self.period,
-            group_size=self.num_generations,
-            services=self.services,
-            temperature=self.args.temperature,
-            top_p=self.args.top_p,
-            first_group=self._first_group,
-        )
+            mode=mode, step=step, round=step // self.period, group_size=self.num_generations, services=self.services,
+            temperature=self.args.temperature, top_p=self.args.top_p, first_group=self._first_group,
+        )  # fmt: skip
         for r in self.reward_specs:
             ctx.add_reward(r.name, r.role, r.weight)
         ctx.signal_fn = self.stack.signal
