@@ -113,7 +113,7 @@ def compose_full(config_name: str, overrides: Sequence[str], config_dirs: Sequen
                 ConfigLoaderImpl._apply_overrides_to_config([override], cfg)
         except (HydraException, OmegaConfBaseException) as error:
             raise _plain(error, where=str(override.input_line)) from error
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    missing = [re.sub(r"\[(\d+)\]", r".\1", key) for key in sorted(OmegaConf.missing_keys(cfg))]
     if missing:
         raise ConfigError(f"{missing[0]} has no default and must be given", fix=f"add {missing[0]}=VALUE to the line")
     return Composed(cfg, choices)

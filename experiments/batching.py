@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from methods.errors import ConfigError
 
@@ -114,3 +115,16 @@ def log_every(cfg, period: int) -> int:
                 fix=f"{key}={max(unit, round(value / unit) * unit)}",
             )
     return every
+
+
+def caught_up(sampler: Any, rounds: int) -> Any:
+    """TRL's sampler as it stands after `rounds` generations: the orders of all epochs that are over are drawn.
+
+    On resume the skipped batches of the epoch under way are drawn again by transformers, earlier epochs are not: the
+    run would go on in the order of the first one.
+    """
+    import torch
+
+    for _ in range(rounds // max(1, sampler.num_samples // sampler.batch_size)):
+        torch.randperm(sampler.num_samples, generator=sampler.generator)
+    return sampler

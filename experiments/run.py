@@ -23,6 +23,9 @@ from methods.errors import AssayError, ConfigError, DataError, RunError, nearest
 INF = float("inf")
 # key, least, most; what is None follows a default
 BOUNDS = (
+    ("trainer.max_steps", 1, INF),
+    ("trainer.prompts_per_step", 1, INF),
+    ("objective.max_length", 1, INF),
     ("trainer.learning_rate", 0.0, INF),
     ("trainer.warmup_steps", 0, INF),
     ("trainer.weight_decay", 0.0, INF),
@@ -83,12 +86,24 @@ def check(cfg: DictConfig) -> None:
         if cfg.method:
             what = f"methods hook into RL; objective.trainer={cfg.objective.trainer} has none"
             raise ConfigError(what, where="method", got=list(cfg.method), fix="method=[]")
+        check_bounds(cfg)
         batching.log_every(cfg, period=1)
         launching.processes(cfg.scale)
         return
     batches = batching.plan(cfg.trainer, launching.processes(cfg.scale))
     batching.log_every(cfg, batches.period)
     launching.check(cfg)
+    check_bounds(cfg)
+    stack = build_stack(cfg)
+    generation.check(cfg.get("generation"), stack)
+    if stack.owner("rollout") is None:
+        check_episodes(cfg)
+    if batches.group_size == 2 and any(m.name == "ha_dw" for m in stack.methods):
+        print("note: with two rollouts per prompt HA-DW cannot tell difficulty apart; use 4 or more", file=sys.stderr)
+
+
+def check_bounds(cfg: DictConfig) -> None:
+    """ConfigError for a setting beyond its range, and for an unknown schedule."""
     for key, low, high in BOUNDS:
         value = OmegaConf.select(cfg, key)
         if value is not None and not low <= value <= high:
@@ -102,12 +117,6 @@ def check(cfg: DictConfig) -> None:
             expected=", ".join(SCHEDULES),
             fix=nearest(str(cfg.trainer.lr_schedule), SCHEDULES),
         )
-    stack = build_stack(cfg)
-    generation.check(cfg.get("generation"), stack)
-    if stack.owner("rollout") is None:
-        check_episodes(cfg)
-    if batches.group_size == 2 and any(m.name == "ha_dw" for m in stack.methods):
-        print("note: with two rollouts per prompt HA-DW cannot tell difficulty apart; use 4 or more", file=sys.stderr)
 
 
 def check_episodes(cfg: DictConfig) -> None:
@@ -261,6 +270,7 @@ def _train_rl(cfg: DictConfig, writer: RunWriter, task, loaded, rows, stop, team
             trainer.add_callback(callback)
         trainer.stack.inherit(hooked.saved_states(cfg))
         resume = resume_from(writer, recorder, trainer.load_state_dict)
+        trainer.begun_at = recorder.step
         meter.prepare()
         if recorder.step < cfg.trainer.max_steps:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -41,9 +41,8 @@ def train(cfg: DictConfig, writer: RunWriter, task: Any, loaded: Any, rows: list
     from experiments.recorder import Recorder
     from experiments.weights import load_weights
 
-    sft, pairs = settings(cfg), cfg.objective.trainer == "reward"
-    loaded, fit, measure = (_reward if pairs else _sft)(cfg, task, loaded, rows, writer.path, team)
-    what = "pairs" if pairs else "demonstrations"
+    stage, what = (_reward, "pairs") if cfg.objective.trainer == "reward" else (_sft, "demonstrations")
+    sft, (loaded, fit, measure) = settings(cfg), stage(cfg, task, loaded, rows, writer.path, team)
     with progress_of(writer.path, f"one step = {sft.batch_size} {what}", shown=team.is_main) as progress:
         recorder = Recorder(
             writer,

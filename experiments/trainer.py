@@ -23,7 +23,7 @@ from transformers import Trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from experiments import collect, generation, resample, rollout, trl_tools, vision
+from experiments import batching, collect, generation, resample, rollout, trl_tools, vision
 from experiments.optim import add_modules
 from experiments.recorder import AfterStep
 from experiments.seeds import derive
@@ -66,6 +66,7 @@ class AssayTrainer(GRPOTrainer):
         self.cost = collect.Cost()
         self._write_sample: Callable[[dict], Any] | None = None
         self.last_ctx: Context | None = None
+        self.begun_at = 0  # the step that this sitting goes on from
         self.stream_position = 0  # prompts that dynamic sampling has drawn beside the data order
         dataset = Dataset.from_dict({"prompt": [""] * len(rows), "index": list(range(len(rows)))})
         super().__init__(args=args, train_dataset=dataset, reward_funcs=[_unused_reward], **kw)
@@ -88,6 +89,9 @@ class AssayTrainer(GRPOTrainer):
     def period(self) -> int:
         """Optimiser steps that one generation serves; state is exact only at its multiples."""
         return max(1, self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps)
+
+    def _get_train_sampler(self, dataset=None):
+        return batching.caught_up(super()._get_train_sampler(dataset), self.begun_at // self.period)
 
     def new_context(self, mode: str) -> Context:
         step = self.state.global_step

@@ -16,6 +16,7 @@ RELIED_ON = {
     "_generate_and_score_completions": ("inputs",),
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
     "_tokenize_prompts": ("prompts",),
+    "_get_train_sampler": ("dataset",),
     "_compute_loss": ("model", "inputs"),
     "_prepare_inputs": ("generation_batch",),
     "_save_checkpoint": ("model", "trial"),

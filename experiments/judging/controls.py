@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
@@ -32,8 +33,11 @@ class ControlJudge:
     form: Form = "pairs"
 
     def __post_init__(self) -> None:
-        if self.rule not in CONTROLS:
-            raise ConfigError("There is no such rule", where="judge.rule", got=self.rule, expected=", ".join(CONTROLS))
+        for key, known in (("rule", CONTROLS), ("form", get_args(Form))):
+            if (got := getattr(self, key)) not in known:
+                raise ConfigError(
+                    f"There is no such {key}", where=f"judge.by.{key}", got=got, expected=", ".join(known)
+                )
 
     @property
     def name(self) -> str:

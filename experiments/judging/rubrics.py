@@ -18,16 +18,18 @@ Written = Rubric | Rejected
 
 
 def read(asker: Asker, results: Iterable[Result], parse: Callable[[str], Parsed], what: str) -> list[Parsed | Rejected]:
-    """Each answer parsed, or why not; refusals are counted under `what` and their reason."""
+    """Each answer parsed, or why not; refusals are counted under `what` and their reason.
+
+    An answer at the token limit counts if what it should hold is whole: small models go on behind it.
+    """
     found: list[Parsed | Rejected] = []
     for result in results:
         try:
             if result.finish == "error":
                 raise Rejected("request failed")
-            if result.finish == "length":
-                raise Rejected("cut off")
             found.append(parse(result.text))
-        except Rejected as refusal:
+        except Rejected as told:
+            refusal = Rejected("cut off", str(told)) if result.finish == "length" else told
             asker.counts[f"{what}: {refusal.reason}"] += 1
             found.append(refusal)
     return found

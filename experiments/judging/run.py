@@ -124,6 +124,8 @@ def check(cfg: DictConfig) -> None:
             asks()
         elif asks.func.needs == "folder":
             asks(model=cfg.engine.model or "known later")
+    elif not make.keywords.get("model"):
+        make()
 
 
 def _factory(cfg: DictConfig) -> Any:

@@ -54,7 +54,8 @@ class Profile:
     def parse(cls, text: str) -> Profile:
         """Raises Rejected with its reason: no JSON, no findings, a finding that lacks what it needs.
 
-        A fail or partial needs evidence and a severity; every finding a criterion, a claim and an instruction anchor.
+        A fail or partial needs evidence and a severity (0 for any other, whatever is written); every finding a
+        criterion, a claim and an instruction anchor.
         Any other key (label, pair_id, instruction_id, what a teacher adds) is left behind here: nothing that a later
         prompt sees can name the better answer.
         """
@@ -98,8 +99,7 @@ def _finding(record: dict[str, Any]) -> Finding:
     if status not in STATUSES:
         raise Rejected("finding with an unknown status")
     failed = status in ("fail", "partial")
-    severity = record.get("severity", None if failed else 0)
-    severity = 0 if severity is None and not failed else severity
+    severity = record.get("severity") if failed else 0
     if isinstance(severity, bool) or not isinstance(severity, (int, float)) or severity not in (0, 1, 2, 3):
         raise Rejected("finding with a severity other than 0 to 3")
     evidence = text_of(record, "evidence", f"{status} finding") if failed else str(record.get("evidence") or "")

@@ -38,6 +38,7 @@ def test_values_of_the_right_type_are_taken(conf):
         "trainer.schedule=3",
         "trainer.steps_twice=9",
         "open.anything=1",
+        "open={whole: {x: 2}}",
         "task.tiers=easy",
         "seed=null",
         "method=[alpha]",
@@ -45,7 +46,8 @@ def test_values_of_the_right_type_are_taken(conf):
     ]
     cfg = compose("train", line)
     assert cfg.trainer.max_steps == 7 and cfg.trainer.learning_rate == 1 and cfg.trainer.shuffle is False
-    assert cfg.open.anything == 1 and cfg.task.tiers == "easy" and cfg.seed is None and cfg.method.alpha.k == 9
+    assert cfg.open.anything == 1 and cfg.open.whole == {"x": 2}
+    assert cfg.task.tiers == "easy" and cfg.seed is None and cfg.method.alpha.k == 9
     assert cfg.trainer.rows_per_device == "abc" and cfg.trainer.schedule == 3 and cfg.trainer.steps_twice == 9
 
 

@@ -99,3 +99,16 @@ def test_a_chunk_takes_the_longest_rows_first_and_no_column_that_is_padding_in_a
     assert first["prompt_mask"].tolist() == [[1, 1, 1], [0, 0, 1]] and second["prompt_mask"].tolist() == [[1, 1]]
     assert first["completion_ids"].tolist() == [[20, 0], [10, 10]] and second["completion_ids"].tolist() == [[30]]
     assert first["num_items_in_batch"] == 4 and not third["tool_mask"].any() and third["row_weight"].tolist() == [0]
+
+
+def test_a_resumed_run_goes_on_in_the_order_of_its_epoch():
+    from trl.trainer.utils import RepeatSampler
+
+    def sampler():
+        return RepeatSampler(range(10), mini_repeat_count=2, batch_size=4, repeat_count=3, seed=0)
+
+    whole = sampler()
+    epochs = [list(whole) for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    for rounds, epoch in ((0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)):  # two generations an epoch
+        assert list(batching.caught_up(sampler(), rounds)) == epochs[epoch]

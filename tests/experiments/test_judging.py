@@ -130,6 +130,17 @@ def test_what_cannot_be_read_is_counted():
     assert judge.counts["verdict: no winner"] == 0
 
 
+def test_what_is_whole_before_the_token_limit_counts():
+    from experiments.judging.asking import Asker
+    from experiments.judging.rubrics import read
+    from methods.cdrrm.rubric import Rubric
+
+    asker, whole = Asker(Program(), 9), json.dumps(RUBRIC)
+    texts = [whole + "\nAnd so on and", whole[:-20]]
+    one, other = read(asker, [Result(text, None, None, "length") for text in texts], Rubric.parse, "rubric")
+    assert isinstance(one, Rubric) and str(other) == "cut off: not JSON" and asker.counts == {"rubric: cut off": 1}
+
+
 def test_a_verdict_alone():
     class Short(Program):
         def answer(self, system, user):
@@ -293,6 +304,7 @@ def test_what_is_refused(configured):
         (["judge=one_step", "judge.step=profile"], "contrasted"),
         (["judge.step=bnch"], "judge.step"),
         (["judge.orders=one"], "judge.orders"),
+        (["judge=longer", "judge.by.form=none"], "judge.by.form"),
         (["judge=direct", "judge.by.max_tokens=0"], "max_tokens"),
         (["judge=cdrrm_generator", "judge.by.generator=/nonexist"], "judge.by.generator"),
     ):

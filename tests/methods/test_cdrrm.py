@@ -174,6 +174,7 @@ def test_an_invalid_profile_is_rejected_by_reason(change, reason):
 
 def test_a_pass_needs_neither_evidence_nor_severity():
     assert profile(status="pass", evidence="", severity=None).findings[0].penalty == 0
+    assert profile(status="pass", severity="none").findings[0].severity == 0
 
 
 def test_the_same_diagnosis_makes_no_rubric():

@@ -159,13 +159,14 @@ def assert_same(one, other):
 def test_a_rubric_reward_moves_and_resumes_exactly(place, mode):
     words = [*TRAIN, f"reward={mode}"]
     whole = finish(place, "train", *words)
-    metrics, evals, _ = record(whole)
+    _, evals, _ = record(whole)
     scores = evals.groupby("step")["score"].mean()
     print(f"{mode}: eval/score {scores.iloc[0]:.3f} -> {scores.iloc[-1]:.3f}")
     assert scores.iloc[-1] > scores.iloc[0] + 0.2
-    assert all(line["cost/judge_calls"] >= 0 for line in metrics if "cost/judge_calls" in line)
+    if mode == "tournament":  # the road to a checkpoint is the same one
+        return
     process = start(place, "train", *words, out="cut")
-    stopped_at(process, lambda: (place / "cut").rglob("metrics.jsonl"), 7, signal.SIGKILL)
+    stopped_at(process, lambda: place.glob("cut/raw/*/*/seed*/metrics.jsonl"), 7, signal.SIGKILL)
     assert not list((place / "cut").rglob("summary.json"))
     assert_same(finish(place, "train", *words, out="cut"), whole)
 
@@ -174,7 +175,7 @@ def test_a_rubric_reward_moves_and_resumes_exactly(place, mode):
 def test_a_reward_model_killed_and_gone_on_with(place):
     whole = finish(place, "train", *PAIRS)
     process = start(place, "train", *PAIRS, out="cut")
-    stopped_at(process, lambda: (place / "cut").rglob("metrics.jsonl"), 9, signal.SIGKILL)
+    stopped_at(process, lambda: place.glob("cut/raw/*/*/seed*/metrics.jsonl"), 9, signal.SIGKILL)
     assert not list((place / "cut").rglob("summary.json"))
     assert_same(finish(place, "train", *PAIRS, out="cut"), whole)
     judged = ["judge=reward_model", f"judge.by.model={whole}", "benchmark=constraint_world", "benchmark.count=20"]
