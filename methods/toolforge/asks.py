@@ -69,7 +69,22 @@ def json_in(text: str) -> dict[str, Any]:
 
 def _quoted(value: Any) -> str:
     """Material in a prompt, as JSON between two lines, so that none of it can close the block."""
-    return f"===\n{json.dumps(value, ensure_ascii=False, indent=1)}\n==="
+    return f"===\n{indented(value)}\n==="
+
+
+_leaf = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def indented(value: Any, level: int = 0) -> str:
+    """`json.dumps(value, ensure_ascii=False, indent=1)` for keys that are texts, which Python writes without its C
+    encoder: prompts were most of what a synthesis computed between two answers."""
+    if not isinstance(value, (dict, list, tuple)) or not value:
+        return _leaf(value)
+    end = "\n" + " " * level
+    if isinstance(value, dict):
+        inner = (f"{end} {_leaf(key)}: {indented(item, level + 1)}" for key, item in value.items())
+        return f"{{{','.join(inner)}{end}}}"
+    return f"[{','.join(f'{end} {indented(item, level + 1)}' for item in value)}{end}]"
 
 
 def _user(text: str) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ import threading
 import time
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 
 import pytest
 
@@ -236,9 +237,47 @@ def tiny():
     return model, tokenizer
 
 
-@pytest.fixture(params=["transformers", "openai", "vllm"])
+REAL_VLLM = pytest.param(
+    "real_vllm",
+    marks=[pytest.mark.slow, pytest.mark.skipif(not find_spec("vllm"), reason="no vLLM here: make test-vllm")],
+)
+
+
+@pytest.fixture(scope="session")
+def real_vllm(tiny, tmp_path_factory):
+    """vLLM's own engine on a random model in a folder, loaded once; its kernels want heads of at least 32."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from experiments.engines.vllm import VllmEngine
+
+    model, tokenizer = tiny
+    folder = tmp_path_factory.mktemp("random")
+    keep = {**model.config.to_dict(), "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    other = Qwen3ForCausalLM(Qwen3Config(**keep))
+    other.lm_head.weight.data[: len(tokenizer) - len(SYMBOLS)] = 0.0
+    other.generation_config.update(repetition_penalty=1.8, temperature=0.3, top_k=3, do_sample=True)
+    other.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    options = {"max_model_len": CONTEXT, "dtype": "float32", "gpu_memory_utilization": 0.1}
+    engine = VllmEngine(str(folder), extra={"enforce_eager": True}, **options)
+    loaded = engine._live()
+
+    def build(**more):
+        made = VllmEngine(str(folder), chunk_size=3, **{"chat": False, **options, **more})
+        made._llm = loaded
+        return made
+
+    yield build
+    engine.close()
+
+
+@pytest.fixture(params=["transformers", "openai", "vllm", REAL_VLLM])
 def make(request, monkeypatch):
     """A function that makes an engine of one kind, whose context is `CONTEXT` tokens."""
+    if request.param == "real_vllm":
+        return request.getfixturevalue("real_vllm")
     if request.param == "transformers":
         from experiments.engines.transformers import TransformersEngine
 
@@ -816,6 +855,50 @@ def test_vllm_guides_json_and_isolates_a_bad_schema(monkeypatch):
         results = engine.generate([good, bad, hot, good])
         assert [r[0].finish for r in results] == ["length", "error", "error", "length"]
         assert "Grammar" in results[1][0].error and "temperature" in results[2][0].error
+
+
+def test_a_model_that_vllm_does_not_know(monkeypatch):
+    for name, module in fake_vllm().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    from experiments.engines.vllm import VllmEngine
+
+    def unknown(model, **_):
+        raise ValueError(f"no such model:\n{model}")
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", unknown)
+    with pytest.raises(ConfigError, match=r"vLLM cannot load this model.*engine\.model.*no such model: nowhere"):
+        VllmEngine("nowhere").generate([Request(prompt="a")])
+
+
+@pytest.mark.slow
+def test_real_vllm_holds_to_a_schema_and_reads_a_shared_beginning_once():
+    pytest.importorskip("vllm", reason="no vLLM here: make test-vllm")
+    from experiments.engines.base import encode
+    from experiments.engines.vllm import VllmEngine
+    from experiments.models import SmolLM2
+    from experiments.tasks.base import Task
+
+    folder = SmolLM2().load(Task(name="any"), 0).path
+    fields = {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 120}}
+    schema = {"type": "object", "properties": fields, "required": ["name", "age"], "additionalProperties": False}
+    options = {"dtype": "float32", "max_model_len": 1024, "gpu_memory_utilization": 0.1}
+    with VllmEngine(folder, extra={"enforce_eager": True}, **options) as engine:
+        asks = [Request(prompt=f"Describe a person from {town}.", temperature=0, max_tokens=60, json_schema=schema)
+                for town in ("Oslo", "Lima")]  # fmt: skip
+        bad = Request(prompt="x", max_tokens=4, json_schema={"type": "nonsense"})
+        results = engine.generate([*asks, bad])
+        for result in results[:2]:
+            found = json.loads(result[0].text)
+            assert set(found) == {"name", "age"} and 0 <= found["age"] <= 120 and len(found["name"]) <= 12
+        assert results[2][0].finish == "error" and results[2][0].error
+        rules = "Answer with one word. " * 60
+        cached = []
+        for question in ("Is snow white?", "Is coal white?"):
+            ask = Request(prompt=rules + question, temperature=0, max_tokens=4)
+            ids = encode(engine.tokenizer, ask, True)
+            cached.append((engine._chunk([(0, ids, ask)])[0].num_cached_tokens or 0) / len(ids))
+        print(f"share of the prompt from the cache: {cached[0]:.2f}, then {cached[1]:.2f}")
+        assert cached[0] < 0.2 and cached[1] > 0.7
 
 
 def test_without_vllm_the_error_says_how_to_install(monkeypatch):

@@ -1,4 +1,4 @@
-"""`assay judge` at size: flat memory over 10,000 pairs, and an endpoint kept busy. Slow."""
+"""`assay judge` at size: flat memory over 10,000 pairs; judge and synth-data keep an endpoint busy. Slow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 
@@ -57,14 +58,19 @@ def test_ten_thousand_pairs_in_flat_memory(tmp_path):
 
 
 SERVER = """
-import asyncio, json
+import asyncio, json, sys
+sys.path.insert(0, sys.argv[1])
+from test_synthesis import scripted
 
-CHOICE = {"message": {"content": "Final Judgment\\nWinner: Response A"}, "finish_reason": "stop"}
-BODY = json.dumps({"choices": [CHOICE], "usage": {"prompt_tokens": 9, "completion_tokens": 5}}).encode()
-ANSWER = b"HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(BODY) + BODY
+def answer(body):
+    judged = "Final Judgment" in str(body)
+    choice = {"message": {"content": "Winner: Response A" if judged else scripted(body)}, "finish_reason": "stop"}
+    data = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 5}}).encode()
+    return b"HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(data) + data
 
 async def main():
     gate = asyncio.Semaphore(32)
+    loop, times = asyncio.get_running_loop(), []
 
     async def serve(reader, writer):
         while True:
@@ -72,11 +78,17 @@ async def main():
                 head = await reader.readuntil(b"\\r\\n\\r\\n")
             except asyncio.IncompleteReadError:
                 return
+            if head.startswith(b"GET"):
+                busy = json.dumps([len(times) // 2, max(times) - min(times)]).encode()
+                writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(busy) + busy)
+                continue
             size = next(int(l.split(b":")[1]) for l in head.split(b"\\r\\n") if l.lower().startswith(b"content-length"))
-            await reader.readexactly(size)
+            body = json.loads(await reader.readexactly(size))
+            times.append(loop.time())
             async with gate:
                 await asyncio.sleep(0.25)
-            writer.write(ANSWER)
+            times.append(loop.time())
+            writer.write(answer(body))
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=64)
     print(server.sockets[0].getsockname()[1], flush=True)
@@ -86,26 +98,63 @@ asyncio.run(main())
 """
 
 
+@pytest.fixture
+def endpoint():
+    """(its address, a function: share of its capacity used between the first request and the last answer).
+
+    It admits 32 requests at once, each for 250 ms, and has a process of its own.
+    """
+    folder = __file__.rpartition("/")[0]
+    server = subprocess.Popen([sys.executable, "-c", SERVER, folder], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    url = f"http://127.0.0.1:{server.stdout.readline().strip()}/v1"
+
+    def used() -> float:
+        with urllib.request.urlopen(url) as said:
+            answered, seconds = json.loads(said.read())
+        return answered / seconds / (32 / 0.25)
+
+    yield url, used
+    server.kill()
+    server.wait()
+
+
 @pytest.mark.slow
-def test_an_endpoint_is_kept_busy():
-    """It admits 32 requests at once, each for 250 ms; it has a process of its own."""
+@pytest.mark.parametrize("concurrency", [32, 64])
+def test_judging_keeps_an_endpoint_busy(endpoint, concurrency):
     from experiments.engines.openai import OpenAIEngine
     from experiments.judging import run as running
     from experiments.judging.judges import Direct
     from experiments.judging.pairs import Item, questions
 
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        engine = OpenAIEngine(f"http://127.0.0.1:{server.stdout.readline().strip()}/v1", "judge", concurrency=32)
-        items = [Item(str(k), "pairs", "all", f"do {k}", ("good", "bad"), (1.0, 0.0)) for k in range(1280)]
-        asked = questions(items, 0, "pairs", "seeded")
-        began, used = time.monotonic(), time.process_time()
-        found = list(running.in_order(Direct(engine, max_tokens=64), asked))
-        seconds, used = time.monotonic() - began, time.process_time() - used
-    finally:
-        server.kill()
-        server.wait()
-    share = len(found) / seconds / (32 / 0.25)
-    print(f"{share:.3f} of the endpoint's capacity, with {used / seconds:.2f} of a core")
-    assert share >= 0.95
+    url, share = endpoint
+    engine = OpenAIEngine(url, "judge", concurrency=concurrency)
+    items = [Item(str(k), "pairs", "all", f"do {k}", ("good", "bad"), (1.0, 0.0)) for k in range(1920)]
+    began, used = time.monotonic(), time.process_time()
+    found = list(running.in_order(Direct(engine, max_tokens=64), questions(items, 0, "pairs", "seeded")))
+    seconds, used = time.monotonic() - began, time.process_time() - used
+    print(f"{concurrency} under way: {share():.3f} of the endpoint's capacity, with {used / seconds:.2f} of a core")
+    assert len(found) == 1920 and share() >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concurrency", [32, 64])
+def test_synthesis_keeps_an_endpoint_busy(endpoint, concurrency, tmp_path, monkeypatch):
+    """Beside its own work on each answer, which is several times that of the request. The last triples of the window
+    leave slots empty, so there are many."""
+    sys.path.insert(0, __file__.rpartition("/")[0])
+    from test_synthesis import write_triples
+
+    from cli.compose import compose
+    from experiments import synthesis
+
+    monkeypatch.setenv("ASSAY_CACHE", str(tmp_path / "cache"))
+    url, share = endpoint
+    line = [f"input={write_triples(tmp_path / 'triples.jsonl', 1500)}", f"output={tmp_path / 'out'}", "engine=openai",
+            f"engine.url={url}", "engine.model=fake", f"engine.concurrency={concurrency}", "tools.variants=3",
+            "stages.tools=template", "stages.plan=template"]  # fmt: skip
+    began, used = time.monotonic(), time.process_time()
+    synthesis.run(compose("synth_data", line))
+    seconds, used = time.monotonic() - began, time.process_time() - used
+    print(f"{concurrency} under way: {share():.3f} of the endpoint's capacity, with {used / seconds:.2f} of a core")
+    assert share() >= 0.95

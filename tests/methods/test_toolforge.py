@@ -774,3 +774,13 @@ def test_assembling_what_a_writer_cut_short_fails_the_rules(bank):
     record = assemble(source, SHAPES["C1"], label, uuid="u", turns=["<think>t</think>\nhm"], bundles=made.bundles,
                       shown=[], gold=made.gold, schemas=offer.schemas, mapping={})  # fmt: skip
     assert not check(record)["roles"] and not check(record)["format"]
+
+
+# ---------------------------------------------------------------- prompts
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+
+
+@given(st.recursive(LEAVES, lambda s: st.lists(s) | st.dictionaries(st.text(), s), max_leaves=20))
+def test_indented_is_json_s_own(value):
+    assert asks.indented(value) == json.dumps(value, ensure_ascii=False, indent=1)
