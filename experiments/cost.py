@@ -2,9 +2,9 @@
 
     python -m experiments.cost                                   # the papers' recipes on eight H100
     python -m experiments.cost ha_dw_paper --machine a100 --processes 4 --scale zero3 --written 1500
-    python -m experiments.cost --check                           # the same formulas against runs on this machine
 
-A model of the first order: data-sheet figures times two shares that are reached in practice. It says whether a setting
+A model of the first order: data-sheet figures times two shares that are reached in practice; `python -m
+experiments.bench_cost` holds it against real steps. It says whether a setting
 fits and which part of a step is long; it does not replace a measured step.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from methods.errors import AssayError, ConfigError
@@ -225,7 +225,7 @@ def job_of(cfg: Any, written: float | None, prompt: float, processes: int, shard
         reference=bool(objective.beta),
         critic=objective.name == "ppo",
         trained=0.01 if cfg.model.get("lora") else 1.0,
-        width=4 if cfg.model.dtype == "float32" else 2,
+        width=4 if cfg.model.get("dtype", "float32") == "float32" else 2,
     )
 
 
@@ -265,106 +265,6 @@ def table(names: list[str], machine: str, processes: int, sharding: str, written
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- this machine
-
-
-def this_machine() -> Machine:
-    """One thread: float32 FLOP/s of a large product, bytes/s of reading, both as reached."""
-    import time
-
-    import torch
-
-    torch.set_num_threads(1)
-
-    def best(work: Any, count: int = 7) -> float:
-        seconds = []
-        for _ in range(count):
-            started = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
-
-    a, x = torch.randn(1024, 1024), torch.randn(64_000_000)
-    product = best(lambda: a @ a)
-    return Machine(2 * 1024**3 / product, 4 * len(x) / best(x.sum), 8 * GB, 1.0, 1.0, 0.0)
-
-
-def check(words: tuple[str, ...], steps: int = 3) -> str:
-    """Memory and seconds of a real step on the CPU beside those of the formulas."""
-    import resource
-    import statistics
-    import tempfile
-    from pathlib import Path
-
-    from hydra.utils import instantiate
-
-    from experiments import batching, run
-    from experiments.bench import configuration
-    from experiments.rewards import build
-
-    cfg = configuration("scale=cpu", f"trainer.max_steps={steps}", "trainer.save_every=0", *words)
-    task = instantiate(cfg.task)
-    loaded = instantiate(cfg.model).load(task, 0)
-    batches = batching.plan(cfg.trainer)
-    resident = _resident()
-    with tempfile.TemporaryDirectory() as folder:
-        made = (cfg, batches, task, loaded, task.rows("train", 0), build(cfg.reward, task), Path(folder))
-        trainer = run.build_trainer(*made)
-        seconds: list[float] = []
-        trainer.add_callback(_clock(seconds))
-        trainer.train()
-    logs = [h for h in trainer.state.log_history if "loss" in h][1:]
-    drawing = statistics.median(h["time/generation"] for h in logs)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
-    assert trainer.last_ctx is not None
-    segments = [t.segments[0] for t in trainer.last_ctx.trajs]
-    longest = [
-        max(len(part) for part in parts)
-        for parts in ((s.prompt_ids for s in segments), (s.completion_ids for s in segments))
-    ]
-    job = replace(job_of(cfg, longest[1], longest[0], 1, "none"), width=4, checkpointing=False)
-    shape, machine = Shape.of(loaded.model.config), this_machine()
-    parts = memory(shape, job)
-    training, generating = phases(parts)
-    wanted = max(training, generating + parts["cache"]) - parts["weights"]  # they were there before
-    told = (wanted / 1e6, generation_seconds(shape, job, machine), training_seconds(shape, job, machine))
-    found = (grown / 1e6, drawing, statistics.median(seconds[1:]) - drawing)
-    rows = zip(("memory beside the weights, MB", "generation, s", "training, s"), told, found, strict=True)
-    head = (
-        f"{cfg.model.name}: {shape.weights / 1e6:.2f} M weights, {job.rows} rows of {longest[0]} + {longest[1]} tokens"
-    )
-    return "\n".join([head, *(f"  {what:<30} formula {a:10.3f}  measured {b:10.3f}" for what, a, b in rows)])
-
-
-def _resident() -> int:
-    from pathlib import Path
-
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
-
-
-def _clock(seconds: list[float]) -> Any:
-    import time
-
-    from transformers import TrainerCallback
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
-
-    return Clock()
-
-
-CHECKS = (
-    ("model=tiny", "task=arithmetic", "trainer.prompts_per_step=16", "trainer.rollouts_per_prompt=8"),
-    ("model=smollm2", "task=gsm8k", "trainer.prompts_per_step=1", "trainer.rollouts_per_prompt=4",
-     "trainer.max_completion_tokens=48"),
-)  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.cost", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipes", nargs="*", help="experiments of conf/experiment; default: the papers'")
@@ -373,17 +273,12 @@ def main() -> None:
     parser.add_argument("--scale", choices=("none", "zero2", "zero3", "fsdp2"), default="fsdp2")
     parser.add_argument("--written", type=float, help="mean tokens of a completion; default: its limit")
     parser.add_argument("--prompt", type=float, default=512, help="mean tokens of a prompt")
-    parser.add_argument("--check", action="store_true", help="the formulas against runs on this machine")
     args = parser.parse_args()
     try:
         if args.processes < 1 or args.prompt < 1 or (args.written is not None and args.written < 1):
             raise ConfigError("processes and tokens are counted", expected="1 or more")
-        if args.check:
-            for words in CHECKS:
-                print(check(words))
-        else:
-            print(f"{args.processes} x {args.machine}, scale {args.scale}, prompts of {args.prompt:g} tokens")
-            print(table(args.recipes, args.machine, args.processes, args.scale, args.written, args.prompt))
+        print(f"{args.processes} x {args.machine}, scale {args.scale}, prompts of {args.prompt:g} tokens")
+        print(table(args.recipes, args.machine, args.processes, args.scale, args.written, args.prompt))
     except AssayError as error:
         parser.exit(error.exit_code, f"assay: error: {error}\n")
 
