@@ -11,10 +11,14 @@ from typing import Any
 from experiments.cost import GB, Machine, Shape, generation_seconds, job_of, memory, phases, training_seconds
 
 CHECKS = (
-    ("model=tiny", "task=arithmetic", "trainer.prompts_per_step=16", "trainer.rollouts_per_prompt=8"),
-    ("model=smollm2", "task=gsm8k", "trainer.prompts_per_step=1", "trainer.rollouts_per_prompt=4",
-     "trainer.max_completion_tokens=48"),
-)  # fmt: skip
+    ("model=tiny", "trainer.prompts_per_step=16", "trainer.rollouts_per_prompt=8"),
+    (
+        "model=smollm2",
+        "trainer.prompts_per_step=1",
+        "trainer.rollouts_per_prompt=4",
+        "trainer.max_completion_tokens=32",
+    ),
+)
 
 
 def this_machine() -> Machine:
@@ -119,4 +123,4 @@ def _clock(seconds: list[float]) -> Any:
 
 if __name__ == "__main__":
     for words in CHECKS:
-        print(check(words))
+        print(check(words), flush=True)

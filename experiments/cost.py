@@ -3,9 +3,9 @@
     python -m experiments.cost                                   # the papers' recipes on eight H100
     python -m experiments.cost ha_dw_paper --machine a100 --processes 4 --scale zero3 --written 1500
 
-A model of the first order: data-sheet figures times two shares that are reached in practice; `python -m
-experiments.bench_cost` holds it against real steps. It says whether a setting
-fits and which part of a step is long; it does not replace a measured step.
+A model of the first order: data-sheet figures times two shares that are reached in practice. It says whether a setting
+fits and which part of a step is long; it does not replace a measured step. `python -m experiments.bench_cost` holds it
+against real steps on this machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from methods.errors import AssayError, ConfigError
+from methods.errors import AssayError, ConfigError, nearest
 
 GB = 1e9
 
@@ -249,19 +249,37 @@ HEAD = (
 )
 
 
-def table(names: list[str], machine: str, processes: int, sharding: str, written: float | None, prompt: float) -> str:
-    from cli import experiment, launch
-    from cli.compose import conf_dirs
+def recipe(name: str) -> Any:
+    """The configuration of the first arm of a training experiment; None for another subcommand. ConfigError if there
+    is no such experiment."""
+    import yaml
+    from hydra import compose, initialize_config_dir
 
-    dirs, lines = conf_dirs(()), [HEAD]
-    for name in names or sorted(p.stem for d in dirs for p in (d / "experiment").glob("*_paper.yaml")):
-        spec = experiment.load(name, dirs)
-        cfg = launch.plan(spec.command, [f"experiment={name}", "seeds=[0]"]).jobs[0].cfg
-        if spec.command != "train" or cfg.objective.get("trainer") == "sft":
+    from experiments.bench import CONF
+
+    files = {file.stem: file for file in (CONF / "experiment").glob("*.yaml")}
+    if name not in files:
+        fix = nearest(name, files) or "assay ls experiments"
+        raise ConfigError(f"there is no experiment '{name}'", where=str(CONF / "experiment"), fix=fix)
+    spec = yaml.safe_load(files[name].read_text())
+    if spec["command"] != "train":
+        return None
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose("train", [*spec.get("common", []), *next(iter(spec["arms"].values()))])
+
+
+def table(names: list[str], machine: str, processes: int, sharding: str, written: float | None, prompt: float) -> str:
+    """One line per recipe; without names, all of the papers'."""
+    from experiments.bench import CONF
+
+    lines = [HEAD]
+    for name in names or sorted(file.stem for file in (CONF / "experiment").glob("*_paper.yaml")):
+        cfg = recipe(name)
+        if cfg is None or cfg.objective.get("trainer") == "sft":
             lines.append(f"{name:<22} is no reinforcement learning")
             continue
         job = job_of(cfg, written, prompt, processes, sharding)
-        lines.append(line(name, shape_of(str(cfg.model.path)), job, MACHINES[machine]))
+        lines.append(line(name, shape_of(str(cfg.model.get("path", cfg.model.name))), job, MACHINES[machine]))
     return "\n".join(lines)
 
 
