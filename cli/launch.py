@@ -122,8 +122,11 @@ def plan(
 def launch(plan: Plan, *, target: str = TARGET) -> Path:
     """Run all jobs of a plan and return the path of what was written: the run's, or the experiment's if several.
 
+    Runs on several processes go one after the other unless `jobs=` says otherwise.
     Raises RunError after the last job if some failed, KeyboardInterrupt if a signal stopped them.
     """
+    from omegaconf import OmegaConf
+
     from cli import hydra_launcher, pool
 
     _keep_experiment(plan)
@@ -140,7 +143,8 @@ def launch(plan: Plan, *, target: str = TARGET) -> Path:
             if by_hydra and ready:
                 path = hydra_launcher.run(replace(plan, jobs=ready), target)
             elif ready:
-                workers = plan.workers or pool.default_workers(len(ready))
+                several = any(OmegaConf.select(job.cfg, "scale.num_processes", default=1) != 1 for job in ready)
+                workers = plan.workers or (1 if several else pool.default_workers(len(ready)))
                 pool.run([(job.label, job.cfg) for job in ready], target, workers, title=plan.name)
         except RunError as failed:  # the other arms of the next stage still run
             error = error or failed

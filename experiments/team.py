@@ -93,14 +93,12 @@ class Team:
         """work(slice) gives a tensor with a row for each of `count`; each process computes its part, all get all."""
         if self.size == 1 or count < self.size:
             return work(slice(0, count))
-        from accelerate.utils import gather
-
-        most = -(-count // self.size)
-        mine = work(self.part(count)).contiguous()
-        padded = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
-        parts: Any = gather(padded)
+        mine = work(self.part(count))
         sizes = [len(range(count)[Team(rank, self.size).part(count)]) for rank in range(self.size)]
-        return torch.cat([part[:size] for part, size in zip(parts.split(most), sizes, strict=True)])
+        padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine), *mine.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def trajectories(self, mine: list[Trajectory], rows: Sequence[Any]) -> list[Trajectory]:
         """The rollouts of all processes. Their rows, which may be large, are found in `rows` where they are known."""
