@@ -263,9 +263,12 @@ def edited(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator
 def decoder_layers(model: Any) -> Any:
     """The list of decoder layers of a transformers model (also under LoRA). ConfigError if there is none."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for _, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
+    # Where a model also has a tower for images, its decoder is the one that reads text.
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    for root in (decoder, model):
+        for module in [] if root is None else root.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+                return module
     raise ConfigError(
         "The model has no list of decoder layers to hook",
         where=type(model).__name__,

@@ -8,7 +8,7 @@ counted tokens have the same ids with and without demonstrations, wherever a tok
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from methods.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from experiments.weights import LoadedModel
 
-MOST_SKIPPED = 0.2  # share of the queries that may be too long for their demonstrations
+MOST_SKIPPED = 0.2  # share of the queries of a job that may be too long for their demonstrations
 _SLOT = "AssaySlot{}X"  # letters and digits only: no template escapes or trims it
 
 
@@ -80,37 +80,6 @@ class Prompter:
                 return self.passage(query), context
             left.pop(0)
         return None
-
-    def pairs(
-        self, queries: Iterable[Example], demonstrations: Sequence[Example], tokens: int | None = None
-    ) -> Iterator[tuple[Passage, Passage]]:
-        """Pairs of the queries until `tokens` counted ones are reached; a query that is a demonstration is left out.
-
-        DataError without demonstrations, if no query fits, or if more than a fifth of the queries does not fit.
-        """
-        if not demonstrations:
-            raise DataError("There are no demonstrations", expected="at least one question with its answer")
-        seen = skipped = counted = 0
-        for query in queries:
-            if query in demonstrations:
-                continue
-            seen += 1
-            if (pair := self.pair(query, demonstrations)) is None:
-                skipped += 1
-                continue
-            yield pair
-            counted += pair[0].tokens
-            if tokens is not None and counted >= tokens:
-                break
-        if not seen:
-            raise DataError("No query is left beside the demonstrations", expected="more texts than demonstrations")
-        if skipped > MOST_SKIPPED * seen:
-            raise DataError(
-                "Too many queries do not fit into the model's context together with one demonstration",
-                got=f"{skipped} of {seen} skipped, context {self.context} tokens",
-                expected=f"at most {MOST_SKIPPED:.0%}",
-                fix="give shorter texts or demonstrations, or cut the texts into pieces",
-            )
 
 
 def _plain(query: Example, demonstrations: Sequence[Example]) -> list[tuple[str, bool]]:

@@ -232,27 +232,6 @@ def test_too_long_for_all_demonstrations(loaded):
     assert wide(loaded, one - 1).pair(QUERY, DEMOS) is None
 
 
-def test_pairs_stop_at_the_budget_and_leave_demonstrations_out(loaded):
-    prompter = wide(loaded)
-    queries = [*DEMOS, *[Example(f"{i} and 6?", "Yes.") for i in range(9)]]
-    found = list(prompter.pairs(queries, DEMOS))
-    assert len(found) == 9
-    each = found[0][0].tokens
-    assert len(list(prompter.pairs(queries, DEMOS, tokens=2 * each + 1))) == 3
-    with pytest.raises(DataError, match="no demonstrations"):
-        list(prompter.pairs(queries, []))
-    with pytest.raises(DataError, match="No query is left"):
-        list(prompter.pairs(DEMOS, DEMOS))
-
-
-def test_at_most_a_fifth_is_skipped(loaded):
-    short, long = Example("a?", "b."), Example("a" * 200, "b.")
-    prompter = wide(loaded, 100)
-    assert len(list(prompter.pairs([short] * 8 + [long] * 2, DEMOS))) == 8
-    with pytest.raises(DataError, match=r"Too many queries.*3 of 11 skipped.*context 100"):
-        list(prompter.pairs([short] * 8 + [long] * 3, DEMOS))
-
-
 def test_a_template_that_hides_messages_is_refused(loaded):
     template = loaded.tokenizer.chat_template
     try:
