@@ -202,7 +202,7 @@ def serve(size: int, clients: int, seconds: float) -> None:
     from experiments.tasks.local_life.generate import generated
     from experiments.tasks.local_life.playground import Playground
 
-    words = [*"playground --port 0 --rate 0".split(), f"task.size={size}"]
+    words = ["playground", "--port", "0", "--rate", "0", f"task.size={size}"]
     words += ["task.world_seeds={train: 8, eval: 0, test: 9}"]
     ground = Playground(generated(0, size))
     asked = [(text, city) for some in queries(ground.world, 200).values() for text, city, _ in some]
