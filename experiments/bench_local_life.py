@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import re
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -200,15 +202,8 @@ def serve(size: int, clients: int, seconds: float) -> None:
     from experiments.tasks.local_life.generate import generated
     from experiments.tasks.local_life.playground import Playground
 
-    words = [
-        "playground",
-        "--port",
-        "0",
-        "--rate",
-        "0",
-        f"task.size={size}",
-        "task.world_seeds={train: 8, eval: 0, test: 9}",
-    ]
+    words = ["playground", "--port", "0", "--rate", "0", f"task.size={size}"]
+    words += ["task.world_seeds={train: 8, eval: 0, test: 9}"]
     ground = Playground(generated(0, size))
     asked = [(text, city) for some in queries(ground.world, 200).values() for text, city, _ in some]
     right = {ask: [[poi, round(s, 6)] for poi, s in ground.search(*ask)] for ask in asked}
@@ -220,7 +215,9 @@ def serve(size: int, clients: int, seconds: float) -> None:
         address = re.search(r"http://127\.0\.0\.1:\d+", first)
         if address is None:
             raise SystemExit(f"the service did not start: {first}")
+        before = spent(server.pid)
         latencies, wrong, errors = asyncio.run(load(address.group(), asked, right, clients, seconds))
+        used = spent(server.pid) - before
     finally:
         server.terminate()
         server.wait(20)
@@ -229,7 +226,17 @@ def serve(size: int, clients: int, seconds: float) -> None:
     p50, p99 = (1000 * quantile(latencies, q) for q in (0.5, 0.99))
     print(f"service, {size} merchants, {clients} clients for {seconds:g} s on loopback: {len(latencies)} answers, "
           f"{len(latencies) / seconds:.0f} per second, {errors} errors, {wrong} unlike the tool in process, "
-          f"p50 {p50:.0f} ms, p99 {p99:.0f} ms")  # fmt: skip
+          f"p50 {p50:.0f} ms, p99 {p99:.0f} ms; {1000 * used / len(latencies):.1f} ms of processor time per answer, "
+          f"load average {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores")  # fmt: skip
+
+
+def spent(pid: int) -> float:
+    """Seconds of processor time that a process has used; NaN where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.nan
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def load(url: str, asked: Sequence[tuple[str, str]], right: dict, clients: int, seconds: float):
@@ -269,7 +276,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     parser = argparse.ArgumentParser(prog="python -m experiments.bench_local_life", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("part", nargs="*", choices=["index", "serve", []], help="default: both")
+    parser.add_argument("part", nargs="*", help="index, serve; default: both")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="merchants of `index`")
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--size", type=int, default=20_000, help="merchants of `serve`")
@@ -277,6 +284,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     args = parser.parse_args(words)
     parts = args.part or ["index", "serve"]
+    if set(parts) - {"index", "serve"}:
+        parser.error(f"there are the parts index and serve, not {', '.join(parts)}")
     if "index" in parts:
         index([int(size) for size in args.sizes.split(",")], args.queries)
     if "serve" in parts:

@@ -326,6 +326,11 @@ def test_kept_questions_obey_the_rules(world, made):
         assert set(q.gold) <= returned
         assert not any(world.merchant(poi).name in q.text for poi in q.gold)
         assert all(solver.checklist(program, q.gold).values())
+        rows = [world.position[poi] for poi in q.gold]
+        for i, hop in enumerate(program.hops if program.budget is None else ()):
+            there = solver.candidates(program.city, hop, rows)
+            keys = dict(zip(there.tolist(), solver.keys(program.city, hop, there, rows), strict=True))
+            assert len(there) >= 3 and (not hop.conditions or min(keys.values()) < keys[rows[i]])
         if program.budget is None:
             assert plain_solution(solver, program, table) == list(q.gold)
 

@@ -157,7 +157,7 @@ def build(targets: Sequence[str], root: str | Path = "results", release_compat: 
     runs, name = report.find(list(targets), root)
     arms: dict[str, list[Run]] = {}
     for run in runs:
-        if run.config.get("task", {}).get("name") == "local_life" and len(run.evals()):
+        if is_local_life(run.config) and len(run.evals()):
             arms.setdefault(str(run.run.get("arm")), []).append(run)
     if not arms:
         raise ConfigError(
@@ -167,7 +167,7 @@ def build(targets: Sequence[str], root: str | Path = "results", release_compat: 
     boards = [lines(arm, latest(members), release_compat) for arm, members in arms.items()]
     boards.sort(key=lambda board: -board[0].get("correctness", -1.0))
     table = [line for board in boards for line in board]
-    sources = sorted({source_of(run.config["task"], run.config["eval"]) for r in arms.values() for run in r})
+    sources = sorted({source_of(run.config) for members in arms.values() for run in members})
     note = f"Source: {'; '.join(sources)}. Numbers of a generated world or of an evidence corpus are not comparable "
     note += "with the published leaderboard."
     folder = Path(root) / name
@@ -177,9 +177,9 @@ def build(targets: Sequence[str], root: str | Path = "results", release_compat: 
         content = {
             "columns": COLUMNS,
             "counts": COUNTS,
-            "levels": sorted({line["split"] for line in table} & {"L3", "L4"}),
+            "levels": sorted({str(t) for members in arms.values() for t in latest(members)["tier"].unique()}),
             "lines": table,
-            "runs": [entry(board[0]["model"], run) for board in boards for run in arms[board[0]["model"]]],
+            "runs": [entry(b[0]["model"], run) for b in boards for run in arms[b[0]["model"]] if run.samples()],
         }
         page = browser.page(Path(__file__).with_name("page"), f"Local life: {name}", note, browser.embed(content))
         replace(folder / "local_life.html", page.encode())
@@ -195,8 +195,17 @@ def latest(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.concat([frame[frame["step"] == frame["step"].max()] for frame in frames], ignore_index=True)
 
 
-def source_of(task: Mapping[str, Any], how: Mapping[str, Any]) -> str:
+def is_local_life(config: Mapping[str, Any]) -> bool:
+    """Whether a run is about these questions: the task, or a study of agents without a model."""
+    study = (config.get("study") or {}).get("_target_", "")
+    return "local_life" in study if study else config.get("task", {}).get("name") == "local_life"
+
+
+def source_of(config: Mapping[str, Any]) -> str:
     """Which world and corpus a run's questions are about."""
+    task, how = config.get("task", {}), config.get("eval", {})
+    if config.get("study"):
+        return "generated, a world for each seed of the study"
     if task.get("path"):
         return f"{task['path']}, corpus {task.get('corpus') or 'of its own folder or search paths'}"
     seed = (task.get("world_seeds") or {}).get(how.get("split"))
