@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCORES = (
-    "act", "squares", "icl", "unaligned", "true", "random", "all", "cosine", "raw", "suppressed",
+    "act", "squares", "icl", "unaligned", "tuned", "random", "all", "cosine", "raw", "suppressed",
     "shuffled", "foreign", "rule", "untrained",
 )  # fmt: skip
 DRAWS = 20  # of random latents and of shuffled domains
@@ -25,14 +25,14 @@ class StsTiny:
     """A language model of the digit world per seed; one row per source, over the thirteen other domains.
 
     score: act (STS_act), squares (of the features, as in the released code), icl (STS_ICL), unaligned (STS_act with a
-    selection from rows that are not aligned, also the released code's), true (with the latents that the fine-tune
+    selection from rows that are not aligned, also the released code's), tuned (with the latents that the fine-tune
     shifts), random live latents, all latents, cosine of mean features, raw (dimensions of the residual stream),
     suppressed (ours, not STS); controls: shuffled domains, foreign (demonstrations of another source), rule
     (demonstrations of the plain rule), untrained (an SAE of random directions).
     Columns: score = Pearson r with the size of the change of accuracy (NaN where nothing changes); spearman; overlap =
     share of the selected latents among those that the fine-tune shifts most; share = of the fine-tune's shift in its
-    top latents; learned = the source's accuracy under the new rule; change = mean size of the change elsewhere; zeroed
-    and zeroed_random = drop of the source's accuracy without the selected, or as many random, latents; fvu, dead,
+    top latents; zeroed = drop of the source's accuracy without the selected latents (act and random only);
+    learned = the source's accuracy under the new rule; change = mean size of the change elsewhere; fvu, dead,
     recovered: of the SAE; before = accuracy over the fourteen domains.
     """
 
@@ -107,8 +107,7 @@ class StsTiny:
             "share": concentration(moved, top),
             "learned": float(found["learned"][k]),
             "change": float(np.mean(found["change"][k][others].abs().numpy())),
-            "zeroed": before - without,
-            "zeroed_random": before - without_random,
+            "zeroed": {"act": before - without, "random": before - without_random}.get(self.score, math.nan),
             "fvu": fvu,
             "dead": dead,
             "recovered": recovered,
@@ -133,7 +132,7 @@ class StsTiny:
             drawn = [rng.choice(live, min(self.latents, len(live)), replace=False).tolist() for _ in range(DRAWS)]
             return np.stack([mean[:, one].sum(1).numpy() for one in drawn]), drawn
         rule = {
-            "true": "true_delta", "unaligned": "unaligned", "suppressed": "suppressed",
+            "tuned": "true_delta", "unaligned": "unaligned", "suppressed": "suppressed",
             "foreign": "delta_foreign", "rule": "delta_rule", "raw": "raw_delta", "untrained": "untrained_delta",
         }  # fmt: skip
         delta_s = found[rule.get(self.score, "delta")][k]
