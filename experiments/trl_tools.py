@@ -24,8 +24,13 @@ def rollout(trainer: Any, rows: Sequence[Any], slots: Sequence[int], first_group
     """One episode per row through TRL's `_generate`; slot j is sample j % G of group `first_group + j // G`.
 
     An environment's `reset` gets the row's prompt, answer, id and tier and the entries of its `meta`. ConfigError for
-    plain prompts, several kinds of environments, and an environment that scores itself.
+    plain prompts, several kinds of environments, an environment that scores itself, and several
+    processes.
     """
+    if trainer.team.size > 1:  # its loop meets the other processes once per turn, and they may have no row left
+        raise ConfigError(
+            "TRL's tool loop runs in one process", where="tools", fix="use a task with tools, or scale=gpu"
+        )
     prompts = [trainer.wrap_prompt(row.prompt) for row in rows]
     if isinstance(prompts[0], str):
         raise ConfigError("TRL's tools need chat prompts", where="tools", fix="use a chat model (model.chat=true)")

@@ -40,7 +40,7 @@ def start(folder, *words, cache):
 
 def finish(folder, *words, cache):
     process = start(folder, *words, cache=cache)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return Path(out.strip().splitlines()[-1]), err
 
@@ -57,7 +57,7 @@ def pids(folder):
 
 
 def reach(process, folder, step):
-    deadline = time.time() + 200
+    deadline = time.time() + 400
     while True:
         files = list(Path(folder).rglob("metrics.jsonl"))
         if files and len(files[0].read_bytes().splitlines()) >= step:
@@ -98,8 +98,8 @@ def test_a_killed_process_ends_the_run_with_its_cause_and_it_resumes_exactly(vic
     both = pids(tmp_path)
     os.kill(both[victim], signal.SIGKILL)
     begun = time.time()
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 1 and time.time() - begun < 60
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and time.time() - begun < 120
     errors = [line for line in err.splitlines() if "assay: error" in line]
     assert len(errors) == 1 and f"process {victim[-1]} of 2" in errors[0] and "Traceback" not in err
     assert not any(alive(pid) for pid in both.values())
@@ -125,7 +125,7 @@ def test_a_signal_stops_all_processes_at_the_same_step(cache, whole, tmp_path):
     process = start(tmp_path, *TWO, *METHODS, cache=cache)
     reach(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, err
     (file,) = tmp_path.rglob("run.json")
     assert json.loads(file.read_text())["status"] == "interrupted"
@@ -149,8 +149,8 @@ def test_tools_and_a_reward_that_fails_on_one_process(cache, tmp_path):
     broken.write_text("import os\n\ndef score(texts, rows):\n    return [float(len(t)) for t in texts] if "
                       "os.environ['RANK'] == '0' else [float('inf')] * len(texts)\n")  # fmt: skip
     process = start(tmp_path / "b", *TWO, f"reward={broken}:score", cache=cache)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 1 and err.count("assay: error") == 1 and "is infinite" in err, err
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and err.count("assay: error") == 1 and "no finite number" in err, err
 
 
 @pytest.mark.parametrize("words, said", [
@@ -167,6 +167,6 @@ def test_refused_before_anything_is_written(words, said, cache, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     process = start(tmp_path, *words, cache=cache)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and said in err and err.count("\n") < 4, err
     assert not (tmp_path / "results").exists()
