@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def vllm_server(folder: str | Path, *words: str, wait: float = 900.0, port: int 
 
     port = port or free_port()
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
-    url, log = f"http://127.0.0.1:{port}/v1", Path(f"/tmp/vllm-server-{port}.log")
+    url, log = f"http://127.0.0.1:{port}/v1", Path(tempfile.gettempdir(), f"vllm-server-{port}.log")
     with log.open("w") as file:
         # A session of its own: its worker processes end with it.
         server = subprocess.Popen([*line, *words], stdout=file, stderr=file, start_new_session=True)

@@ -152,7 +152,7 @@ def test_a_long_outage_stops_the_job_which_then_goes_on(command, tmp_path, cache
 
 
 @pytest.mark.slow
-def test_a_vllm_server_is_killed_and_started_again(tmp_path):
+def test_a_vllm_server_is_killed_and_started_again(tmp_path, monkeypatch):
     """All three at once against a real server; `make test-vllm` runs it."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed here; make test-vllm makes an environment for it")
@@ -160,6 +160,7 @@ def test_a_vllm_server_is_killed_and_started_again(tmp_path):
     from experiments.models import SmolLM2
     from experiments.tasks.base import Task
 
+    monkeypatch.delenv("ASSAY_CACHE")  # the commands have caches of their own, the model is where it always is
     folder, port = SmolLM2().load(Task(name="any"), 0).path, free_port()
     how = ["--dtype", "float32", "--max-model-len", "4096", "--enforce-eager", "--served-model-name", "m"]
     lines = {}
