@@ -74,7 +74,7 @@ class RuleJudge(BaseEngine):
             yield index, [Result(text, None, None, "stop", Usage(0, 0))]
 
     def worth(self, text, rules):
-        return sum(rule.holds(text) for rule in rules) + len(text) / 1e6
+        return sum(rule.holds(text) for rule in rules)
 '''
 REWARD = """# @package _global_
 # A judge that follows rubrics to the letter.
@@ -178,14 +178,6 @@ def test_a_reward_model_killed_and_gone_on_with(place):
     stopped_at(process, lambda: place.glob("cut/raw/*/*/seed*/metrics.jsonl"), 9, signal.SIGKILL)
     assert not list((place / "cut").rglob("summary.json"))
     assert_same(finish(place, "train", *PAIRS, out="cut"), whole)
-    judged = ["judge=reward_model", f"judge.by.model={whole}", "benchmark=constraint_world", "benchmark.count=20"]
-    table = finish(place, "judge", *judged, "name=by_rm") / "table.md"
-    assert "| reward_model " in table.read_text()
-    before = table.stat().st_mtime_ns
-    assert finish(place, "judge", *judged, "name=by_rm") == table.parent and table.stat().st_mtime_ns == before
-    finish(place, "train", *PAIRS, "overwrite=true", "trainer.learning_rate=1e-3")
-    finish(place, "judge", *judged, "name=by_rm")  # other weights since: judged again
-    assert table.stat().st_mtime_ns > before
 
 
 @pytest.mark.slow
