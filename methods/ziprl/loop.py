@@ -94,19 +94,23 @@ class Loop:
             if last:  # what the last action brought cannot be zipped any more
                 e.documents = []
         out = self._encode([self._ask(e, last) for e in live], ctx)
-        for k, e in enumerate(live):
-            while len(out[k][0]) > self.max_prompt_tokens and not e.over:
-                if self._shrink(e):
-                    out[k] = self._encode([self._ask(e, last)], ctx)[0]
-                else:
-                    self._stop_unasked(e, out[k][0], ctx)
+        long = range(len(live))
+        # One step for all that are too long, then one encoding: a call for each would cost more than all else.
+        while long := [k for k in long if len(out[k][0]) > self.max_prompt_tokens and not live[k].over]:
+            for k in long:
+                if not self._shrink(live[k]):
+                    self._stop_unasked(live[k], out[k][0], ctx)
+            again = [k for k in long if not live[k].over]
+            for k, prompt in zip(again, self._encode([self._ask(live[k], last) for k in again], ctx), strict=True):
+                out[k] = prompt
         return out
 
     @staticmethod
     def _encode(asked: list[tuple[str, str]], ctx: Context) -> list[tuple[list[int], str]]:
-        prompts = ctx.encode([text for text, _ in asked]) if asked else []
+        texts = list(dict.fromkeys(text for text, _ in asked))  # the first turns of a group are equal
+        ids_of = dict(zip(texts, ctx.encode(texts) if texts else [], strict=True))
         begun = {o: ctx.tokenizer(o, add_special_tokens=False)["input_ids"] if o else [] for _, o in asked}
-        return [([*ids, *begun[opening]], opening) for ids, (_, opening) in zip(prompts, asked, strict=True)]
+        return [([*ids_of[text], *begun[opening]], opening) for text, opening in asked]
 
     def _shrink(self, e: Episode) -> bool:
         """One step of the overflow rule; whether there was anything to cut."""
