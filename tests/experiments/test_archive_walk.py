@@ -111,7 +111,16 @@ def test_a_page_is_opened_once_and_a_page_beside_the_walk_tells_nothing(task):
         archive.open("e99")
 
 
-@pytest.mark.parametrize("bad", [{"demo_right": 2}, {"mixture": {"2": 1}}, {"pages": {"2": 0}, "mixture": {"2": 1}}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"demo_right": 2},
+        {"demo_right": float("nan")},
+        {"max_prompt_tokens": 10},
+        {"mixture": {"2": 1}},
+        {"pages": {"2": 0}, "mixture": {"2": 1}},
+    ],
+)
 def test_settings_that_cannot_be_met_are_refused(bad):
     with pytest.raises(ConfigError):
         ArchiveWalk(**bad)
