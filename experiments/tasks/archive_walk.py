@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections import Counter
@@ -33,9 +34,10 @@ TURN = re.compile(r"(?:l(?P<level>\d)(?P<pairs>[^of]*))?(?:o(?P<open>e\d+)|f(?P<
 SHOWN = "d"  # the name of the one page that a turn sees
 
 
-def pairs(text: str) -> list[str]:
-    """`p0k3v2p1k0v1oe3` as `[p0k3v2, p1k0v1]`."""
-    return PAIR.findall(text)
+@functools.lru_cache(maxsize=4096)  # the rollouts of a group see the same pages
+def pairs(text: str) -> tuple[str, ...]:
+    """`p0k3v2p1k0v1oe3` as `(p0k3v2, p1k0v1)`."""
+    return tuple(PAIR.findall(text))
 
 
 def key(pair: str) -> str:

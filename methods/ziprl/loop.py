@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -206,8 +207,7 @@ class Loop:
     @staticmethod
     def _call(e: Episode, tool: str, argument: str) -> dict[str, Any]:
         """The call as the task's own metrics know it: the argument under the name of the tool's first parameter."""
-        parameters = list(inspect.signature(e.tools[tool]).parameters) if tool in e.tools else []
-        return {"tool": tool, "args": {parameters[0] if parameters else "argument": argument}}
+        return {"tool": tool, "args": {_first_parameter(e.tools[tool]) if tool in e.tools else "argument": argument}}
 
     @staticmethod
     def _act(live: Sequence[Episode], ctx: Context) -> None:
@@ -221,3 +221,14 @@ class Loop:
             else:
                 e.documents = e.form.documents(result, e.shown + 1)
                 e.shown += len(e.documents)
+
+
+def _first_parameter(tool: Callable[..., Any]) -> str:
+    # Every episode has methods of an environment of its own: they share the function, which is read once.
+    names = _parameters(tool.__func__)[1:] if inspect.ismethod(tool) else tuple(inspect.signature(tool).parameters)
+    return names[0] if names else "argument"
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
