@@ -2,7 +2,8 @@
 
 Steps of task=procedures with its tools, 16 questions x 8 episodes of the tiny model, with 10,000 stored questions:
 their time and the share of the method's hooks, where the memory is used (objective=grpo) and where its weights are
-trained (graph_weights). Then the retrieval alone, for 16 questions at 1e3, 1e4 and 1e5 stored ones, over the grpo step.
+trained (graph_weights). Then the retrieval alone, for 16 questions at 1e3, 1e4 and 1e5 stored ones, over the grpo step:
+questions of the task as the bench embeds them (hashed words, many zeros), and vectors without zeros.
 """
 
 from __future__ import annotations
@@ -68,13 +69,23 @@ def steps(objective: str, size: int = 10_000, count: int = 20) -> float:
 
 
 def retrieval(step: float, sizes: tuple[int, ...] = (1_000, 10_000, 100_000)) -> None:
-    import numpy as np
+    from types import SimpleNamespace
 
-    asked = np.random.default_rng(1).normal(size=(QUESTIONS, WIDTH)).astype(np.float32)
+    import numpy as np
+    from hydra.utils import instantiate
+
+    from experiments.services import Services
+    from methods.graph_memory.prompts import question_of
+
+    task = instantiate(configuration("task=procedures").task)
+    texts = [question_of(row) for row in task.rows("train", 0)[:QUESTIONS]]
+    hashed = Services(None, task, 0, SimpleNamespace()).embed(texts).numpy()
+    dense = np.random.default_rng(1).normal(size=(QUESTIONS, WIDTH)).astype(np.float32)
     for size in sizes:
         memory = stored(size)
-        seconds = median_seconds(lambda m=memory: m.activate(asked, 5), 25)
-        print(f"  {size:>7} stored  {1000 * seconds:8.2f} ms  {seconds / step:7.2%} of a step")
+        for name, asked in (("questions", hashed), ("dense vectors", dense)):
+            seconds = median_seconds(lambda m=memory, a=asked: m.activate(a, 5), 25)
+            print(f"  {size:>7} stored  {name:<14} {1000 * seconds:8.2f} ms  {seconds / step:7.2%} of a step")
 
 
 if __name__ == "__main__":

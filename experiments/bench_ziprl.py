@@ -1,6 +1,6 @@
 """What compressing the context costs: python -m experiments.bench_ziprl
 
-Time over step time of training runs on task=archive_walk from a warm start (some minutes, once): ZipRL's hooks
+Time over step time of training runs on task=archive_walk from a warm start (about a minute, once): ZipRL's hooks
 (prompts, memory, reading zips, their quality, credit), and with them the tokenizer, which reads every prompt anew.
 """
 
@@ -14,7 +14,7 @@ from experiments.bench import Baton, configuration, our_trainer, turns
 
 WARM_UP = 2
 WORLD = ["task=archive_walk", "model.heads=2", "model.rope_theta=10000.0", "model.init_std=0.05"]
-START = ["steps=2500", "batch_size=32", "learning_rate=4.0e-3"]
+START = ["steps=1500", "batch_size=32", "learning_rate=4.0e-3"]
 
 
 def shares(rows: int, count: int = 10) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections import Counter
@@ -14,78 +15,66 @@ from methods.errors import ConfigError
 from methods.ziprl.forms import Document, Entry, Written, Zip
 from methods.ziprl.quality import NOTHING, Scale, agreement
 
-ENTITIES = tuple(f"e{i}" for i in range(40))
-RELATIONS = tuple(f"k{i}" for i in range(4))
-ATTRIBUTES = tuple(f"k{i}" for i in range(4, 16))
-VALUES = tuple(f"v{i}" for i in range(20))
+PAGE = 6  # pairs of a page
+KEYS = tuple(f"k{i}" for i in range(4))
+VALUES = tuple(f"v{i}" for i in range(4))
+ENTITIES = tuple(f"e{i}" for i in range(16))
+UNKNOWN = "u"
+MARKS = ("l1", "l2", "l3", "l4", "l5", "q", "d", "o", "f", "error", UNKNOWN)
+# A pair is one token, which says where on its page it stands.
 SYMBOLS = (
-    *(
-        *ENTITIES,
-        *RELATIONS,
-        *ATTRIBUTES,
-        "l1",
-        "l2",
-        "l3",
-        "l4",
-        "l5",
-        "q",
-        ":",
-        "m",
-        "d",
-        "=",
-        "z",
-        "o",
-        "f",
-        "error",
-    ),
-    *(key + entity for key in RELATIONS for entity in ENTITIES),
-    *(key + value for key in ATTRIBUTES for value in VALUES),
+    *(mark + key for mark in "?!" for key in KEYS),
+    *(f"p{place}{key}{value}" for place in range(PAGE) for key in KEYS for value in VALUES),
+    *ENTITIES,
+    *MARKS,
 )
-PAGE = 12  # pairs of a page
-TOKEN = re.compile(r"k\d+[ev]\d+|k\d+|e\d+|l\d|error|[q:md=zof]")
-TURN = re.compile(r"(?:z(?P<page>e\d+)l(?P<level>\d)(?P<pairs>[^of]*))?(?:o(?P<open>e\d+)|f(?P<finish>.*))?", re.DOTALL)
+TOKEN = re.compile(r"[?!]k\d|p\dk\dv\d|e\d+|l\d|error|[qdofu]")
+PAIR = re.compile(r"p\dk\dv\d")
+TURN = re.compile(r"(?:l(?P<level>\d)(?P<pairs>[^of]*))?(?:o(?P<open>e\d+)|f(?P<finish>.*))?", re.DOTALL)
+SHOWN = "d"  # the name of the one page that a turn sees
 
 
-def pairs(text: str) -> list[str]:
-    """`k4v2k9v1` as `[k4v2, k9v1]`; whatever else was written is a pair that no page has."""
-    return TOKEN.findall(text)
+@functools.lru_cache(maxsize=4096)  # the rollouts of a group see the same pages
+def pairs(text: str) -> tuple[str, ...]:
+    """`p0k3v2p1k0v1oe3` as `(p0k3v2, p1k0v1)`."""
+    return tuple(PAIR.findall(text))
 
 
 def key(pair: str) -> str:
-    return re.split("[ev]", pair)[0]
+    return pair[2:4]
 
 
 @dataclass
 class ArchiveWalk(Task):
-    """`qe5k2:k4k9=`: open e5, follow relation k2 from page to page until one lacks it; what are k4 and k9 on the way?
+    """`qoe5?k2`: open e5 and go from page to page until one ends the walk; which value of k2 was on the way?
 
-    A page has twelve pairs of key and value and can be opened once. A turn writes what it keeps of the page it sees, at
-    one of five levels, and an action: `ze5l2k4v7oe17` keeps one pair and opens e17, `ze3l1fk4v7k9v1` answers with the
-    asked pairs in the order in which they were met. The archive of each question is made anew.
+    A page has six pairs of key and value, from the general to the particular: `p0k3v1` is the pair at its first place.
+    It ends with the action that leads on (`oe7`) or ends the walk (`f`), and can be opened once. A turn sees what it
+    kept of earlier pages, one page, and the question. It writes a zip, the level before its pairs, and the action:
+    `l2p0k3v1oe7` keeps one pair and opens e7, `l1f!k2p4k2v0` keeps none and answers, `f!k2u` that it does not know. The
+    asked key is on one page of the walk, once. The archive of each question is made anew.
 
-    pages: of the walk, per tier, with the weights of the tiers in `train` as `mixture`; from 41 pages on entities come
-    again with a new page. keys: asked at most (1 to 4). relevant: chance that a page has some of them. max_facts: asked
-    pairs on a walk. Demonstrations (`warm_rows`: one row per turn) choose levels at random, fill them with the first
-    pairs of the page, keep an asked pair with `demo_keep`, and answer with what they have.
+    pages: of the walk, per tier, with the weights of the tiers in `train` as `mixture`; from 17 pages on entities come
+    again with a new page. Demonstrations (`warm_rows`: one row per turn) keep the first pairs of a page, as many as the
+    level allows; the level is with chance `demo_right` the lowest at which the asked pair is not lost, else random.
+    They answer with what is left and in sight, and after each page with what they would if forced to.
 
-    Differs from the sheet: one relation is followed all the way and the keys are asked on all pages, so that the
-    question stays short however long the walk is; the answer names the keys beside the values. A pair is one token, so
-    that a page has 14 and the prompt 56, as many pages as 160 tokens have of 38.
+    Differs from the sheet: pages hang together by their last line and not by relations; one key is asked; a pair is one
+    token, a page has six and a prompt 20, so that the third raw page does not fit. The level that a page asks for
+    follows from the place of the asked pair (`PairForm`), not from the number of asked keys. The question stands behind
+    the page, and an answer repeats the key: a small model matches keys at the token that names one.
     """
 
     episodes_by = "ziprl_archive"
 
     name: str = "archive_walk"
     symbols: tuple[str, ...] | None = None
-    max_prompt_tokens: int = 56
+    max_prompt_tokens: int = 20
     max_completion_tokens: int = 0
     tiers: tuple[str, ...] = field(default=(), init=False)
-    pages: dict[str, int] = field(default_factory=lambda: {"2": 2, "3": 3, "5": 5, "8": 8, "16": 16})
-    mixture: dict[str, float] = field(default_factory=lambda: {"2": 1, "3": 1, "5": 1, "8": 0, "16": 0})
-    keys: int = 2
-    relevant: float = 0.5
-    max_facts: int = 12
-    demo_keep: float = 0.8
+    pages: dict[str, int] = field(default_factory=lambda: {"3": 3, "5": 5, "8": 8, "16": 16})
+    mixture: dict[str, float] = field(default_factory=lambda: {"3": 1, "5": 1, "8": 0, "16": 0})
+    demo_right: float = 0.4
     train_rows: int = 4000
     eval_rows: int = 200
 
@@ -101,10 +90,8 @@ class ArchiveWalk(Task):
             )
         for name, values, low, high in (
             ("pages", self.pages.values(), 1, 512),
-            ("keys", [self.keys], 1, 4),
-            ("max_facts", [self.max_facts], 1, 64),
-            ("relevant", [self.relevant], 0, 1),
-            ("demo_keep", [self.demo_keep], 0, 1),
+            ("demo_right", [self.demo_right], 0, 1),
+            ("max_prompt_tokens", [self.max_prompt_tokens], PAGE + 5, 1024),  # a page and the question at least
         ):
             if not all(low <= value <= high for value in values):
                 raise ConfigError(
@@ -114,8 +101,8 @@ class ArchiveWalk(Task):
                     expected=f"{low} to {high}",
                 )
         self.symbols = self.symbols or SYMBOLS
-        # A whole page copied with its head, then the longest answer, then the end.
-        self.max_completion_tokens = self.max_completion_tokens or PAGE + 3 + self.max_facts + 2
+        # A whole page with its level, an answer, the end.
+        self.max_completion_tokens = self.max_completion_tokens or 2 + PAGE + 2 + 1
 
     # ---- rows ----
     def rows(self, split: str, seed: int) -> list[Row]:
@@ -130,71 +117,52 @@ class ArchiveWalk(Task):
         return shuffled(rows, seed, "archive_walk", split)
 
     def _row(self, name: str, tier: str, count: int, rng: random.Random) -> Row:
-        walk = _walk(count, rng)
-        relation, asked = rng.choice(RELATIONS), rng.sample(ATTRIBUTES, rng.randint(1, self.keys))
-        held, left = [[] for _ in walk], self.max_facts
-        for place in shuffled(range(count), rng.randrange(2**31)):
-            # At least one page has something to remember.
-            if left and (left == self.max_facts or rng.random() < self.relevant):
-                held[place] = rng.sample(asked, rng.randint(1, min(left, len(asked))))
-                left -= len(held[place])
-        # Behind the last page there is nothing: an empty slice.
-        written = [_page(walk[t + 1 : t + 2], relation, asked, held[t], rng) for t in range(count)]
-        answer = "".join(pair for page in written for pair in page if key(pair) in asked)
-        meta = {"walk": walk, "written": written, "relation": relation, "asked": asked, "noise": rng.randrange(2**31)}
-        row = Row(name, "", answer, tier, meta=meta)
+        walk, asked, holder = _walk(count, rng), rng.choice(KEYS), rng.randrange(count)
+        written = [_page(asked, t == holder, rng) for t in range(count)]
+        answer = next(p for p in written[holder] if key(p) == asked)
+        meta = {"walk": walk, "written": written, "asked": asked, "noise": rng.randrange(2**31)}
+        row = Row(name, "", f"!{asked}{answer}", tier, meta=meta)
         return replace(row, prompt=PairForm(row, Scale()).ask([], [], None, False)[0])
 
     def warm_rows(self, seed: int) -> list[Row]:
         """The turns of scripted episodes, each with the prompt that it answers."""
         rng = random.Random(derive(seed, "archive_walk", "demonstrations"))
-        turns = [turn for row in self.rows("train", seed) for turn in self._demonstrate(row, rng)]
-        return [turn for turn in turns if len(TOKEN.findall(str(turn.prompt))) <= self.max_prompt_tokens]
+        return [turn for row in self.rows("train", seed) for turn in self._demonstrate(row, rng)]
 
     def _demonstrate(self, row: Row, rng: random.Random) -> list[Row]:
-        form, memory, turns = PairForm(row, Scale()), [], []
-        walk, written = row.meta["walk"], row.meta["written"]
+        form, archive, walk = PairForm(row, Scale()), Archive(row), row.meta["walk"]
+        memory: list[Entry] = []
+        turns: list[Row] = []
 
-        def add(documents: Sequence[Document], completion: str, last: bool = False) -> None:
-            prompt, opening = form.ask(memory, documents, None, last)
-            turns.append(Row(f"{row.id}/{len(turns)}", prompt + opening, "", row.tier, completion))
+        def prompt(documents: Sequence[Document], last: bool = False) -> str:
+            """What is shown may cost older zips a level: ask before the answer is read from memory."""
+            while len(TOKEN.findall(text := "".join(form.ask(memory, documents, None, last)))) > self.max_prompt_tokens:
+                _shrink(memory, form)
+            return text
 
-        add([], "o" + walk[0])
-        forced = rng.randrange(len(walk))
-        for t, page in enumerate(written):
-            zipped = self._lossy(Document(walk[t], _text(page)), row.meta["asked"], rng)
-            known = [*memory, Entry("", (zipped,))]
-            facts = "".join(p for e in known for z in e.zips for p in pairs(z.text) if key(p) in row.meta["asked"])
-            action = "o" + walk[t + 1] if t + 1 < len(walk) else "f" + facts
-            add([Document(walk[t], _text(page))], f"z{zipped.id}l{zipped.level}{zipped.text}{action}")
+        def add(asked: str, completion: str) -> None:
+            turns.append(Row(f"{row.id}/{len(turns)}", asked, "", row.tier, completion))
+
+        add(prompt([]), "o" + walk[0])
+        for t, entity in enumerate(walk):
+            page = form.documents(archive.open(entity), t)[0]
+            level = form.needed(page) if rng.random() < self.demo_right else rng.randint(1, form.scale.top)
+            zipped = Zip(SHOWN, level, _text(pairs(page.text)[: form.room(level)]))
+            asked = prompt([page])
+            action = "o" + walk[t + 1] if t + 1 < len(walk) else "f" + form.recall(memory, page)
+            add(asked, f"l{level}{zipped.text}{action}")
             memory.append(Entry("", (zipped,)))
-            if t == forced:
-                add([], facts, last=True)
+            asked = prompt([], last=True)
+            add(asked, form.recall(memory))
         return turns
-
-    def _lossy(self, page: Document, asked: Sequence[str], rng: random.Random) -> Zip:
-        level = rng.randint(1, 5)
-        low, high = Scale().interval(level)
-        room = rng.randint(round(low * PAGE), int(high * PAGE))
-        every = pairs(page.text)
-        wanted = [p for p in every if key(p) in asked and rng.random() < self.demo_keep][:room]
-        others = [p for p in every if key(p) not in asked]
-        kept = {*wanted, *others[: room - len(wanted)]}
-        return Zip(page.id, level, _text([p for p in every if p in kept]))
 
     # ---- episodes ----
     def environment(self, row: Row) -> Archive:
         return Archive(row)
 
     def score(self, text: str, row: Row) -> float:
-        """1 if the answer has exactly the asked pairs in their order."""
+        """1 if the answer is the asked pair."""
         return float(text == row.answer)
-
-    def metrics(self, text: str, row: Row) -> dict[str, float]:
-        """f1: of the answer's pairs, in whatever order."""
-        said, gold = (Counter(re.findall(r"k\d+v\d+", t)) for t in (text, row.answer))
-        common = sum((said & gold).values())
-        return {"f1": 2 * common / (sum(said.values()) + sum(gold.values())) if common else 0.0}
 
 
 def _walk(count: int, rng: random.Random) -> list[str]:
@@ -206,22 +174,25 @@ def _walk(count: int, rng: random.Random) -> list[str]:
     return walk[:count]
 
 
-def _page(following: list[str], relation: str, asked: Sequence[str], held: list[str], rng: random.Random) -> list[str]:
-    """Twelve pairs: the relations (the followed one only if the walk goes on), the asked keys `held`, others.
-
-    Eleven on a last page of four asked keys that holds none of them: there are not more other keys.
-    """
-    to = {r: rng.choice(ENTITIES) for r in RELATIONS}
-    to = to | {relation: following[0]} if following else {r: e for r, e in to.items() if r != relation}
-    free = [a for a in ATTRIBUTES if a not in asked]
-    others = rng.sample(free, min(len(free), PAGE - len(to) - len(held)))
-    page = [r + e for r, e in to.items()] + [a + rng.choice(VALUES) for a in (*held, *others)]
-    rng.shuffle(page)
-    return page
+def _page(asked: str, holds: bool, rng: random.Random) -> list[str]:
+    """One pair for each place; one of them is of the asked key, if the page holds it."""
+    page = [rng.choice([k for k in KEYS if k != asked]) for _ in range(PAGE)]
+    if holds:
+        page[rng.randrange(PAGE)] = asked
+    return [f"p{place}{k}{rng.choice(VALUES)}" for place, k in enumerate(page)]
 
 
 def _text(page: Sequence[str]) -> str:
     return "".join(page)
+
+
+def _shrink(memory: list[Entry], form: PairForm) -> None:
+    """One step of the loop's own rule (methods/ziprl/loop.py): the oldest zip a level down, else gone."""
+    for k, entry in enumerate(memory):
+        if entry.zips[0].level > 1:
+            memory[k] = replace(entry, zips=(form.coarser(entry.zips[0]),))
+            return
+    del memory[next(k for k, entry in enumerate(memory) if entry.zips[0].text)]
 
 
 class Archive:
@@ -238,25 +209,28 @@ class Archive:
         if entity not in ENTITIES:
             raise LookupError(f"there is no {entity}")
         meta, visit = self.row.meta, self.visits[entity]
-        places = [t for t, e in enumerate(meta["walk"]) if e == entity]
+        walk = meta["walk"]
+        places = [t for t, e in enumerate(walk) if e == entity]
         if visit >= max(1, len(places)):
             raise LookupError(f"{entity} was opened before")
         self.visits[entity] += 1
         if places:
-            return f"{entity}:{_text(meta['written'][places[visit]])}"
+            t = places[visit]
+            return _text(meta["written"][t]) + ("o" + walk[t + 1] if t + 1 < len(walk) else "f")
         rng = random.Random(derive(meta["noise"], entity))
-        return f"{entity}:{_text(_page([rng.choice(ENTITIES)], meta['relation'], meta['asked'], [], rng))}"
+        return _text(_page(meta["asked"], False, rng)) + "o" + rng.choice(ENTITIES)
 
 
 @dataclass
 class PairForm:
-    """The language of the archive, and a symbolic Q_com in which the question itself says what is relevant.
+    """The language of the archive, and a symbolic Q_com in which question and page say what is relevant.
 
-    With a = asked keys on the page and k = pairs written:
-        ratio = as for texts, on the number of pairs;  level = 1 - |l - l*| / 4, l* = 1 + min(4, a)
-        info  = share of the page's asked pairs that were kept (1 - k/12 if a = 0)
+    With a = asked pairs on the page and k = pairs written:
+        ratio = as for texts, on the number of pairs;  level = 1 - |l - l*| / 4
+        l*    = the lowest level that has room for all pairs up to the last asked one; 1 if there is none
+        info  = share of the page's asked pairs that were kept (1 - k/6 if a = 0)
         sem   = share of the written pairs that are pairs of the page (1 if none was written)
-    An empty page gives 0 for everything, as it does for texts.
+    Relevance is l*. An empty page gives 0 for everything, as it does for texts.
     """
 
     row: Row
@@ -266,42 +240,59 @@ class PairForm:
         self, memory: Sequence[Entry], documents: Sequence[Document], level: int | None, last: bool
     ) -> tuple[str, str]:
         meta = self.row.meta
-        # What was compressed to nothing leaves nothing in the prompt, so that irrelevant pages cost nothing later.
-        known = "".join(self._zip(z, entry) for entry in memory for z in entry.zips if z.text)
-        shown = "".join(f"d{d.id}{d.text}" for d in documents)
-        prompt = f"q{meta['walk'][0]}{meta['relation']}:{''.join(meta['asked'])}{known}{shown}="
+        # Of earlier pages only pairs are shown: what was compressed to nothing costs no prompt, and one action is left.
+        known = "".join(self._zip(z, entry) for entry in memory for z in entry.zips)
+        shown = "".join(f"{SHOWN}{d.text}" for d in documents)
+        start = "" if memory or documents else "o" + meta["walk"][0]
+        prompt = f"q{known}{shown}{start}?{meta['asked']}"
         if last:
             return prompt, "f"
-        return prompt, f"z{documents[0].id}l{level}" if level is not None and documents else ""
+        return prompt, f"l{level}" if level is not None and documents else ""
 
     @staticmethod
     def _zip(zipped: Zip, entry: Entry) -> str:
         if zipped.text.startswith("error"):
-            return "m" + "".join(re.findall(r"e\d+", entry.action)) + "error"
-        return f"m{zipped.id}{zipped.text}"
+            return "".join(re.findall(r"e\d+", entry.action)) + "error"
+        return _text(pairs(zipped.text))
 
     def parse(self, text: str) -> Written:
         found = TURN.match(text)
         assert found is not None  # everything in it is optional
-        zips = [Zip(found["page"], int(found["level"]), found["pairs"])] if found["page"] else []
+        zips = [Zip(SHOWN, int(found["level"]), found["pairs"])] if found["level"] else []
         if found["open"]:
             return Written(zips, ("open", found["open"]))
         return Written(zips, None if found["finish"] is None else ("finish", found["finish"]))
 
     def documents(self, result: str, first: int) -> list[Document]:
-        entity, text = result.split(":")
-        return [Document(entity, text)]
+        return [Document(SHOWN, result)]
+
+    def needed(self, document: Document) -> int:
+        """l*."""
+        asked = [i for i, p in enumerate(pairs(document.text)) if key(p) == self.row.meta["asked"]]
+        levels = range(1, self.scale.top + 1)
+        return next((k for k in levels if asked and self.room(k) > asked[-1]), self.scale.top if asked else 1)
+
+    def room(self, level: int) -> int:
+        """Pairs of a page that a level permits at most."""
+        return int(self.scale.interval(level)[1] * PAGE + 1e-9)
+
+    def recall(self, memory: Sequence[Entry], page: Document | None = None) -> str:
+        """The answer as far as it is in memory, or on the page."""
+        texts = [z.text for entry in memory for z in entry.zips] + ([page.text] if page else [])
+        asked = self.row.meta["asked"]
+        return f"!{asked}" + next((p for text in texts for p in pairs(text) if key(p) == asked), UNKNOWN)
 
     def quality(self, document: Document, zipped: Zip) -> dict[str, float]:
-        page, kept = pairs(document.text), pairs(zipped.text)
+        page, kept = pairs(document.text), TOKEN.findall(zipped.text)
         if not page:
             return NOTHING | {"relevance": 0.0}
-        asked = {p for p in page if key(p) in self.row.meta["asked"]}
+        asked = {p for p in page if key(p) == self.row.meta["asked"]}
         info = len(asked & set(kept)) / len(asked) if asked else max(0.0, 1 - len(kept) / len(page))
         sem = sum(p in page for p in kept) / len(kept) if kept else 1.0
         ratio = self.scale.fit(len(kept) / len(page), zipped.level, len(page))
-        fit = agreement(zipped.level, 1 + min(4, len(asked)), self.scale.top)
-        return self.scale.combine(ratio, fit, info, sem) | {"relevance": float(len(asked))}
+        needed = self.needed(document)
+        fit = agreement(zipped.level, needed, self.scale.top)
+        return self.scale.combine(ratio, fit, info, sem) | {"relevance": float(needed)}
 
     def coarser(self, zipped: Zip) -> Zip:
         kept = pairs(zipped.text)
@@ -310,8 +301,10 @@ class PairForm:
         return replace(zipped, level=zipped.level - 1, text=_text(kept[: self.scale.shorter(len(kept), zipped.level)]))
 
     def cut(self, document: Document) -> Document:
+        """Half of its pairs, and the action behind them."""
         page = pairs(document.text)
-        return replace(document, text=_text(page[: max(1, len(page) // 2)]))
+        action = document.text[len(_text(page)) :]
+        return replace(document, text=_text(page[: max(1, len(page) // 2)]) + action)
 
     def length(self, text: str) -> int:
         return len(pairs(text))

@@ -110,6 +110,7 @@ class Memory:
         self.index_of = {text: i for i, text in enumerate(self.questions)}
         self._path_of = {path: i for i, path in enumerate(self.paths)}
         self._strategy_of = {normalised(s.text): i for i, s in enumerate(self.strategies)}
+        self.embedding_QD = np.asfortranarray(self.embedding_QD)  # retrieval reads columns
         self.check()
 
     @property
@@ -181,7 +182,7 @@ class Memory:
             rows += [(self.index_of[text], self.path(p), won, n) for (p, won), n in found.items()]
         if fresh:
             stored_QD = self.embedding_QD if self.embedding_QD.size else np.zeros_like(embedding_BD[:0])
-            self.embedding_QD = np.concatenate([stored_QD, unit(embedding_BD[fresh])])
+            self.embedding_QD = np.asfortranarray(np.concatenate([stored_QD, unit(embedding_BD[fresh])]))
         self.to_paths = joined([self.to_paths, _edges(rows, 1.0)])
 
     def outcomes(self, text: str) -> Counter:
@@ -253,11 +254,13 @@ class Memory:
         self.refuse_other_width(embedding_BD)
         found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
         for start in range(0, len(embedding_BD) if self.questions else 0, ROWS):
-            part_BD, stored_QD = unit(embedding_BD[start : start + ROWS]), self.embedding_QD
+            part_BD, stored_DQ = unit(embedding_BD[start : start + ROWS]), self.embedding_QD.T
             used = np.flatnonzero(part_BD.any(axis=0))
             if 2 * len(used) < part_BD.shape[1]:  # hashed words of short questions: most columns add nothing
-                part_BD, stored_QD = part_BD[:, used], stored_QD.take(used, axis=1)
-            similarity_BQ = np.ascontiguousarray((stored_QD @ part_BD.T).T)  # faster than the other way round
+                part_BD, stored_DQ = part_BD[:, used], stored_DQ[used]
+            part_BD = part_BD.astype(stored_DQ.dtype)
+            # Of the products at hand this one, on one thread, is the fastest for few rows and many columns.
+            similarity_BQ = (torch.from_numpy(part_BD) @ torch.from_numpy(stored_DQ)).numpy()
             row, column = nearest_of(similarity_BQ, count)
             found.append((row + start, column, np.minimum(similarity_BQ[row, column], 1.0)))
         row_N, question_N, similarity_N = (np.concatenate(parts) for parts in zip(*found, strict=True))

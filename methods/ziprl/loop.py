@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,19 +95,23 @@ class Loop:
             if last:  # what the last action brought cannot be zipped any more
                 e.documents = []
         out = self._encode([self._ask(e, last) for e in live], ctx)
-        for k, e in enumerate(live):
-            while len(out[k][0]) > self.max_prompt_tokens and not e.over:
-                if self._shrink(e):
-                    out[k] = self._encode([self._ask(e, last)], ctx)[0]
-                else:
-                    self._stop_unasked(e, out[k][0], ctx)
+        long = range(len(live))
+        # One step for all that are too long, then one encoding: a call for each would cost more than all else.
+        while long := [k for k in long if len(out[k][0]) > self.max_prompt_tokens and not live[k].over]:
+            for k in long:
+                if not self._shrink(live[k]):
+                    self._stop_unasked(live[k], out[k][0], ctx)
+            again = [k for k in long if not live[k].over]
+            for k, prompt in zip(again, self._encode([self._ask(live[k], last) for k in again], ctx), strict=True):
+                out[k] = prompt
         return out
 
     @staticmethod
     def _encode(asked: list[tuple[str, str]], ctx: Context) -> list[tuple[list[int], str]]:
-        prompts = ctx.encode([text for text, _ in asked]) if asked else []
+        texts = list(dict.fromkeys(text for text, _ in asked))  # the first turns of a group are equal
+        ids_of = dict(zip(texts, ctx.encode(texts) if texts else [], strict=True))
         begun = {o: ctx.tokenizer(o, add_special_tokens=False)["input_ids"] if o else [] for _, o in asked}
-        return [([*ids, *begun[opening]], opening) for ids, (_, opening) in zip(prompts, asked, strict=True)]
+        return [([*ids_of[text], *begun[opening]], opening) for text, opening in asked]
 
     def _shrink(self, e: Episode) -> bool:
         """One step of the overflow rule; whether there was anything to cut."""
@@ -202,8 +207,7 @@ class Loop:
     @staticmethod
     def _call(e: Episode, tool: str, argument: str) -> dict[str, Any]:
         """The call as the task's own metrics know it: the argument under the name of the tool's first parameter."""
-        parameters = list(inspect.signature(e.tools[tool]).parameters) if tool in e.tools else []
-        return {"tool": tool, "args": {parameters[0] if parameters else "argument": argument}}
+        return {"tool": tool, "args": {_first_parameter(e.tools[tool]) if tool in e.tools else "argument": argument}}
 
     @staticmethod
     def _act(live: Sequence[Episode], ctx: Context) -> None:
@@ -217,3 +221,14 @@ class Loop:
             else:
                 e.documents = e.form.documents(result, e.shown + 1)
                 e.shown += len(e.documents)
+
+
+def _first_parameter(tool: Callable[..., Any]) -> str:
+    # Every episode has methods of an environment of its own: they share the function, which is read once.
+    names = _parameters(tool.__func__)[1:] if inspect.ismethod(tool) else tuple(inspect.signature(tool).parameters)
+    return names[0] if names else "argument"
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.services import Services
-from experiments.tasks.archive_walk import SYMBOLS, TOKEN, Archive, ArchiveWalk, PairForm, key, pairs
+from experiments.tasks.archive_walk import ENTITIES, SYMBOLS, TOKEN, Archive, ArchiveWalk, PairForm, key, pairs
 from experiments.tokenizers import tiny_tokenizer
 from methods.base import Context
 from methods.errors import ConfigError
@@ -28,21 +28,17 @@ def task():
 
 
 def reader(prompt: str) -> str:
-    """Keeps the asked pairs, at the level that fits their number, and answers from memory."""
-    head, _, rest = prompt.rstrip("f").partition(":")
-    start, relation = re.fullmatch(r"q(e\d+)(k\d+)", head).groups()
-    asked = re.match(r"(?:k\d+(?![\dev]))*", rest)[0]
-    memory, _, page = rest[len(asked) :].rstrip("=").partition("d")
-    asked = re.findall(r"k\d+", asked)
-    known = "".join(p for p in re.findall(r"k\d+v\d+", memory) if key(p) in asked)
+    """Keeps a page up to its asked pair, at the level with room for that, and answers from memory."""
+    rest, _, asked = prompt.rstrip("f").partition("?")
+    _, _, page = rest.partition("d")
+    shown, known = pairs(page), [p for p in pairs(rest) if key(p) == asked]
+    answer = f"!{asked}" + (known[0] if known else "u")
     if not page:
-        return known if prompt.endswith("f") else f"o{start}"
-    entity = re.match(r"e\d+", page)[0]
-    shown = pairs(page[len(entity) :])
-    kept = [p for p in shown if key(p) in asked]
-    zipped = f"z{entity}l{1 + len(kept)}" + "".join(kept)
-    after = [p for p in shown if key(p) == relation]
-    return zipped + ("o" + after[0].removeprefix(relation) if after else "f" + known + "".join(kept))
+        return answer if prompt.endswith("f") else re.search(r"oe\d+", rest)[0]
+    kept = shown[: max((n for n, p in enumerate(shown, 1) if key(p) == asked), default=0)]
+    level = next(k for k, room in enumerate((0, 1, 2, 4, 6), 1) if room >= len(kept))
+    action = page[len("".join(shown)) :]
+    return f"l{level}" + "".join(kept) + (action if action != "f" else "f" + answer)
 
 
 def walk(task, rows, agent=reader, **settings):
@@ -72,36 +68,41 @@ def walk(task, rows, agent=reader, **settings):
 # ---- rows and tools ----
 def test_rows_are_the_same_for_a_seed_and_the_gold_answer_scores_1(task):
     rows = task.rows("eval", 3)
-    assert rows == task.rows("eval", 3) != task.rows("eval", 4) and Counter(r.tier for r in rows)["16"] == 5
+    assert rows == task.rows("eval", 3) != task.rows("eval", 4) and Counter(r.tier for r in rows)["16"] == 6
     for row in rows:
-        assert task.score(row.answer, row) == 1 and task.metrics(row.answer, row) == {"f1": 1.0}
-        assert task.score(row.answer[:-1] + "x", row) == 0 == task.metrics("", row)["f1"]
-        assert 1 <= len(re.findall("v", row.answer)) <= task.max_facts
-        assert all(len(page) == 12 for page in row.meta["written"])
-    assert {r.tier for r in task.rows("train", 0)} == {"2", "3", "5"}
+        assert task.score(row.answer, row) == 1 and task.score(row.answer[:-1] + "x", row) == 0
+        assert all(len(page) == 6 for page in row.meta["written"])
+        assert sum(key(p) == row.meta["asked"] for page in row.meta["written"] for p in page) == 1
+    assert {r.tier for r in task.rows("train", 0)} == {"3", "5"}
 
 
 def test_every_symbol_comes_back_and_demonstrations_fit_the_prompt(task):
-    assert len(SYMBOLS) < 500
+    assert len(SYMBOLS) < 200
     tokenizer = tiny_tokenizer(SYMBOLS)
     for row in task.warm_rows(0)[:200]:
         ids = tokenizer(row.prompt + row.demo)["input_ids"]
         assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == row.prompt + row.demo
-        assert len(tokenizer(row.prompt)["input_ids"]) <= 56
+        assert len(tokenizer(row.prompt)["input_ids"]) <= 20
         assert len(tokenizer(row.demo)["input_ids"]) < task.max_completion_tokens
 
 
-def test_demonstrations_choose_levels_at_random_and_lose_facts(task):
-    found = [re.match(r"ze\d+l(\d)", r.demo) for r in task.warm_rows(0)]
-    levels = Counter(m[1] for m in found if m)
-    assert set(levels) == set("12345") and max(levels.values()) < 2 * min(levels.values())
+def test_demonstrations_choose_levels_and_lose_facts(task):
+    def levels(task):
+        return Counter(m[1] for m in (re.match(r"l(\d)", r.demo) for r in task.warm_rows(0)) if m)
+
+    random = levels(replace(task, demo_right=0.0))
+    assert set(random) == set("12345") and max(random.values()) < 2 * min(random.values())
+    right = levels(replace(task, demo_right=1.0))
+    assert right["1"] == right.total() - len(task.rows("train", 0))  # one page of each walk holds the asked pair
+    answers = [r for r in task.warm_rows(0) if "!" in r.demo]
+    assert {r.demo.endswith("u") for r in answers} == {True, False}
 
 
 def test_a_page_is_opened_once_and_a_page_beside_the_walk_tells_nothing(task):
-    row = task.rows("eval", 0)[0]
+    row = next(r for r in task.rows("eval", 0) if r.tier == "5")
     archive = Archive(row)
-    beside = next(e for e in ("e0", "e1", "e2", "e3", "e4", "e5", "e6", "e7") if e not in row.meta["walk"])
-    assert archive.open(row.meta["walk"][0]).endswith("".join(row.meta["written"][0]))
+    beside = next(e for e in ENTITIES if e not in row.meta["walk"])
+    assert archive.open(row.meta["walk"][0]) == "".join(row.meta["written"][0]) + "o" + row.meta["walk"][1]
     assert not [p for p in pairs(archive.open(beside)) if key(p) in row.meta["asked"]]
     for entity in (beside, row.meta["walk"][0]):
         with pytest.raises(LookupError, match="before"):
@@ -111,7 +112,14 @@ def test_a_page_is_opened_once_and_a_page_beside_the_walk_tells_nothing(task):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"keys": 5}, {"relevant": 2}, {"mixture": {"2": 1}}, {"pages": {"2": 0}, "mixture": {"2": 1}}]
+    "bad",
+    [
+        {"demo_right": 2},
+        {"demo_right": float("nan")},
+        {"max_prompt_tokens": 10},
+        {"mixture": {"2": 1}},
+        {"pages": {"2": 0}, "mixture": {"2": 1}},
+    ],
 )
 def test_settings_that_cannot_be_met_are_refused(bad):
     with pytest.raises(ConfigError):
@@ -129,26 +137,33 @@ def test_a_stack_that_runs_no_episodes_is_refused(method):
 
 
 # ---- quality ----
-PAGE = [f"k{k}v{k}" for k in range(4, 15)] + ["k0e1"]
+PAGE = ["p0k0v0", "p1k2v1", "p2k1v2", "p3k3v3", "p4k0v1", "p5k0v2"]
 
 
 @pytest.mark.parametrize(
     ("kept", "level", "ratio", "fit", "info", "sem"),
     [
-        (["k4v4", "k5v5", "k6v6"], 3, 1, 1, 1, 1),  # both asked pairs and one more: level 3 asks for 3 to 5
-        (["k4v4", "k5v9", "k6v6"], 3, 1, 1, 0.5, 2 / 3),  # a wrong value is neither kept nor true
-        ([], 1, 1, 0.5, 0, 1),
-        (PAGE, 1, 0.001273, 0.5, 1, 1),  # the whole page under the shortest level: exp(-(1 - 4/12) / 0.1)
+        (PAGE[:4], 4, 1, 1, 1, 1),  # up to the asked pair, the fourth of the page
+        (["p0k0v0", "p1k2v1", "p2k1v3", "p3k3v3"], 4, 1, 1, 1, 0.75),  # a wrong value
+        (["p0k0v0", "p1k2v1"], 3, 1, 0.75, 0, 1),
+        ([], 1, 1, 0.25, 0, 1),
+        (PAGE, 1, 0.035674, 0.25, 1, 1),  # the whole page under the shortest level: exp(-(1 - 4/6) / 0.1)
     ],
 )
 def test_symbolic_quality(kept, level, ratio, fit, info, sem):
-    row = SimpleNamespace(meta={"asked": ["k4", "k5"]})
-    got = PairForm(row, Scale()).quality(Document("e1", _text(PAGE)), Zip("e1", level, _text(kept)))
+    row = SimpleNamespace(meta={"asked": "k3"})
+    got = PairForm(row, Scale()).quality(Document("d", _text(PAGE) + "oe3"), Zip("d", level, _text(kept)))
     assert [got[p] for p in ("ratio", "level", "info", "sem")] == pytest.approx([ratio, fit, info, sem], abs=1e-6)
-    assert got["relevance"] == 2
-    nothing = PairForm(SimpleNamespace(meta={"asked": ["k15"]}), Scale())
-    assert nothing.quality(Document("e1", _text(PAGE)), Zip("e1", 1, ""))["com"] == 1
-    assert set(nothing.quality(Document("e1", ""), Zip("e1", 1, "")).values()) == {0.0}  # an empty page
+    assert got["relevance"] == 4
+    page = _text(p for p in PAGE if "k3" not in p)
+    assert PairForm(row, Scale()).quality(Document("d", page), Zip("d", 1, ""))["com"] == 1
+    assert set(PairForm(row, Scale()).quality(Document("d", ""), Zip("d", 1, "")).values()) == {0.0}  # an empty page
+
+
+@pytest.mark.parametrize(("place", "level"), [(0, 2), (1, 3), (2, 4), (3, 4), (4, 5), (5, 5), (None, 1)])
+def test_the_level_that_a_page_asks_for_has_room_for_the_asked_pair(place, level):
+    page = [f"p{i}k{2 if i == place else 1}v0" for i in range(6)]
+    assert PairForm(SimpleNamespace(meta={"asked": "k2"}), Scale()).needed(Document("d", _text(page) + "f")) == level
 
 
 def _text(kept):
@@ -161,41 +176,41 @@ def test_a_perfect_reader_answers_every_question_within_the_prompt(task):
     trajs, columns, seen = walk(task, rows, max_turns=40)
     assert all(task.score(t.text, t.row) == 1 for t in trajs)
     assert columns["turns"] == [len(r.meta["walk"]) + 1 for r in rows] and set(columns["finished"]) == {1.0}
-    assert max(columns["peak_prompt"]) <= 56 and not any(columns["overflow_cut"]) and not any(columns["forced"])
-    assert sum(columns["quality"]) / len(rows) > 0.9 and max(len(TOKEN.findall(p)) for p in seen) <= 56
+    assert max(columns["peak_prompt"]) <= 20 and not any(columns["overflow_cut"]) and not any(columns["forced"])
+    assert sum(columns["quality"]) / len(rows) > 0.9 and max(len(TOKEN.findall(p)) for p in seen) <= 20
 
 
 def test_without_compression_long_walks_lose_their_beginning(task):
     rows = [r for r in task.rows("eval", 0) if r.tier == "16"]
     trajs, columns, seen = walk(task, rows, max_turns=40, compression="none")
-    assert all(columns["overflow_dropped"]) and max(len(TOKEN.findall(p)) for p in seen) <= 56
-    assert not any(task.score(t.text, t.row) for t in trajs)
+    assert all(columns["overflow_dropped"]) and max(len(TOKEN.findall(p)) for p in seen) <= 20
+    assert sum(task.score(t.text, t.row) for t in trajs) < 0.5 * len(trajs)
 
 
 def test_a_walk_of_256_turns_keeps_the_prompt_flat():
-    task = ArchiveWalk(pages={"255": 255}, mixture={"255": 1}, train_rows=1, eval_rows=1, relevant=0.02)
+    task = ArchiveWalk(pages={"255": 255}, mixture={"255": 1}, train_rows=1, eval_rows=1)
     rows = task.rows("eval", 0)
     trajs, columns, _ = walk(task, rows, max_turns=300)
-    assert columns["turns"] == [256] and columns["peak_prompt"][0] <= 56 and len(trajs[0].segments) == 256
+    assert columns["turns"] == [256] and columns["peak_prompt"][0] <= 20 and len(trajs[0].segments) == 256
     assert not columns["overflow_cut"][0] and not columns["overflow_dropped"][0]  # irrelevant pages leave nothing
     assert task.score(trajs[0].text, trajs[0].row) == 1
 
 
 def test_a_page_longer_than_the_prompt_is_halved_until_it_fits(task):
-    rows = [r for r in task.rows("eval", 0) if r.tier == "2"]
-    settings = {"max_prompt_tokens": 14, "max_turns": 4}
+    rows = [r for r in task.rows("eval", 0) if r.tier == "3"]
+    settings = {"max_prompt_tokens": 8, "max_turns": 4}
     trajs, columns, seen = walk(task, rows, **settings)
-    assert max(len(TOKEN.findall(p)) for p in seen) <= 14 and all(columns["overflow_document"])
-    assert all(t.turns[1].scores["source"] in (3, 6) for t in trajs if len(t.turns) > 1)
+    assert max(len(TOKEN.findall(p)) for p in seen) <= 8 and all(columns["overflow_document"])
+    assert all(t.turns[1].scores["source"] == 3 for t in trajs if len(t.turns) > 1)
 
 
 def test_a_cap_forces_the_answer_and_uniform_levels_are_written_for_the_model(task):
     rows = [r for r in task.rows("eval", 0) if r.tier == "5"][:2]
     trajs, columns, seen = walk(task, rows, max_turns=3)
-    assert columns["forced"] == [1, 1] and seen[-1].endswith("=f") and all(t.turns[-1].kind == "forced" for t in trajs)
-    after = walk(task, rows, lambda p: reader(re.sub(r"=ze\d+l\d$", "=", p)).partition("l")[2][1:], max_turns=3,
+    assert columns["forced"] == [1, 1] and seen[-1].endswith("f") and all(t.turns[-1].kind == "forced" for t in trajs)
+    after = walk(task, rows, lambda p: reader(re.sub(r"l\d$", "", p)).partition("l")[2][1:], max_turns=3,
                  compression="uniform", level=4)  # fmt: skip
-    assert all(re.search(r"=ze\d+l4$", p) for p in after[2] if "d" in p)
+    assert all(p.endswith("l4") for p in after[2] if "d" in p)
 
 
 # ---- a real step ----
@@ -207,7 +222,7 @@ def scripted(trainer, agent):
         out = []
         for k, prompt in enumerate(prompts):
             text = agent(prompt) if k % 3 else agent(prompt).replace("l1", "l4")
-            text = text.rpartition("k")[0] if "f" in text and k % 5 == 0 else text
+            text = text.rpartition("p")[0] if "f" in text and k % 5 == 0 else text
             ids = [*trainer._tokenizer(text)["input_ids"], trainer._tokenizer.eos_token_id]
             out.append([SimpleNamespace(text=text, ids=ids, finish="stop")])
         return out
