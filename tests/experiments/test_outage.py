@@ -179,11 +179,11 @@ def test_a_vllm_server_is_killed_and_started_again(tmp_path, monkeypatch):
 
     with vllm_server(folder, *how, port=port) as (server, _):
         running = start()
-        while any(kept(tmp_path / command) < 4 and p.poll() is None for command, p in running.items()):
+        while any(kept(tmp_path / command / "cache") < 4 and p.poll() is None for command, p in running.items()):
             time.sleep(0.1)
         stop(server)
         said = {command: process.communicate()[1] for command, process in running.items()}
-    before = {command: kept(tmp_path / command) for command in lines}
+    before = {command: kept(tmp_path / command / "cache") for command in lines}
     for command, process in running.items():
         print(f"{command}: {before[command]} answers kept; {said[command].splitlines()[-1]}")
         assert process.returncode == 1 and "endpoint does not answer" in said[command].splitlines()[-1]
@@ -191,6 +191,6 @@ def test_a_vllm_server_is_killed_and_started_again(tmp_path, monkeypatch):
         again = start()
         said = {command: process.communicate()[1] for command, process in again.items()}
     for command, process in again.items():
-        print(f"{command}: {kept(tmp_path / command)} answers at the end")
+        print(f"{command}: {kept(tmp_path / command / 'cache')} answers at the end")
         assert process.returncode == 0 or NO_DIALOGUE in said[command], said[command]
-        assert kept(tmp_path / command) > before[command]
+        assert kept(tmp_path / command / "cache") > before[command]
