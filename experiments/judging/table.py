@@ -110,7 +110,10 @@ def with_trivial(table: Any, judge: str, source: str, official: bool = False) ->
     for rule in TRIVIAL:
         if rule == judge:
             continue
-        other = measure(trivial(table, rule), rule, source)
+        answers = trivial(table, rule)
+        if not score(arrays(answers, source)):
+            continue  # which stands first says nothing of pairs where more than two were shown
+        other = measure(answers, rule, source)
         found.append(Measured(rule, other.verdicts, other.scores, other.facts, other.slopes, trivial=True))
     return found
 

@@ -51,6 +51,11 @@ def test_always_first_and_random_say_what_they_are(tmp_path):
     assert rows["longer"].slopes[2] > 3 > abs(rows["oracle"].slopes[2]) and rows["oracle"].slopes[1] > 3
 
 
+def test_the_first_of_six_is_no_row_beside_scores_of_each(tmp_path):
+    rows = [row.judge for row in with_trivial(table(tmp_path, "longer", form="all")[0], "mine", "file")]
+    assert rows == ["mine", "random", "longer", "shorter"]
+
+
 def test_names_from_data_cannot_write_markup(tmp_path):
     assert safe("a|b\n<script>") == "a|b &lt;script&gt;"
     assert safe("[x](javascript:y)") == "&#91;x&#93;(javascript:y)"
