@@ -49,6 +49,15 @@ class SAE(nn.Module):
     `source` names it in messages. Raises ConfigError for tensors that do not fit together.
     """
 
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    threshold: Tensor  # of jumprelu
+    b_gate: Tensor  # of gated
+    b_mag: Tensor
+    r_mag: Tensor
+
     def __init__(
         self,
         architecture: str,

@@ -304,7 +304,7 @@ def test_a_text_has_a_prompt_before_its_first_measured_token():
 def test_a_run_that_keeps_several_checkpoints_keeps_them_at_its_end(random_model, tmp_path, monkeypatch):
     from experiments import run, weights
 
-    monkeypatch.setattr(weights, "export", lambda model, tokenizer, folder: folder)
+    monkeypatch.setattr(weights, "export", lambda model, tokenizer, folder, weights: folder)
     monkeypatch.setattr(run.checkpoints, "write_state", lambda folder, state: None)
     for keep in (1, 3):
         (tmp_path / str(keep) / "checkpoints" / "step_20").mkdir(parents=True)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from methods.awpo import gate, judge
@@ -170,6 +170,7 @@ def test_against_a_plain_reference(rows, lam):
         outs, reas = [o for _, o, _ in members], [r for _, _, r in members]
         mixed = [(1 - lam) * o + lam * r for _, o, r in members]
         mu, judged = statistics.fmean(outs), not any(map(math.isnan, reas))
+        assume(min(abs(mu - 0.2), abs(mu - 0.8)) > 1e-9)  # the last bit of a mean on the edge depends on the summation
         sd = statistics.stdev(outs) if len(outs) > 1 else 0.0
         sd_mix = statistics.stdev(mixed) if judged and len(outs) > 1 else 0.0
         w = 0.0 if mu >= 1 - 1e-6 or not judged else sd_mix / (sd + sd_mix + 1e-6)
