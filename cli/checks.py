@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,16 +29,21 @@ def check_file(path: Path, config_dirs: Sequence[Path]) -> str:
         construct_method(path, data)
         return "composes, and its class accepts it"
     if "_target_" in data:
+        if group == "launcher" and not _installed(str(data["_target_"]).split(".")[:2]):
+            return "parses; its launcher is an extra that is not installed"
         check_target(path, data)
         return "its class accepts it"
-    if (
-        path.stem in ("train", "eval", "judge", "score_transfer")
-        and group == path.parent.name
-        and (path.parent / "experiment").is_dir()
-    ):
+    if path.stem in ("train", "eval", "judge") and group == path.parent.name and (path.parent / "experiment").is_dir():
         composing.compose(path.stem, [], config_dirs)
         return "composes"
     return "parses"
+
+
+def _installed(package: Sequence[str]) -> bool:
+    try:
+        return importlib.util.find_spec(".".join(package)) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def load(path: Path) -> dict[str, Any]:
