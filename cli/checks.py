@@ -121,18 +121,17 @@ def construct_method(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def check_experiment(path: Path, config_dirs: Sequence[Path]) -> str:
-    """Keys, arms and metrics make sense, and every run of the full and of the smoke variant is possible."""
+    """Keys, arms and metrics make sense, and every arm of the full and of the smoke variant can run (with one seed)."""
     from cli import experiment, launch
 
     spec = experiment.read(path)
     if experiment.names(composing.conf_dirs(config_dirs)).get(path.stem) != path:
         raise ConfigError("another file of that name comes first", fix="rename this experiment")
     check = _run_check() if spec.command == "train" else None
-    count = 0
     for extra in ([], ["smoke=true"]) if spec.smoke.get("overrides") or len(spec.smoke) > 1 else ([],):
-        plan = launch.plan(spec.command, [f"experiment={spec.name}", *extra], config_dirs=config_dirs, check=check)
-        count = count or len(plan.jobs)
-    return f"{len(spec.arms)} arms, {count} runs"
+        line = [f"experiment={spec.name}", f"seeds=[{spec.seeds[0]}]", *extra]
+        launch.plan(spec.command, line, config_dirs=config_dirs, check=check)
+    return f"{len(spec.arms)} arms, {len(spec.arms) * len(spec.seeds)} runs"
 
 
 def _run_check() -> Any:
