@@ -8,7 +8,6 @@ import typer
 
 from cli.train import report, show
 from cli.words import ConfigDir, Overrides
-from methods.errors import ConfigError
 
 
 def score_transfer(
@@ -44,9 +43,7 @@ def score_transfer(
 
     line, dirs = list(overrides or []), config_dir or ()
     if cfg is not None:
-        if cfg != "job":
-            raise ConfigError("--cfg shows the configuration of the job", got=cfg, expected="job")
-        show(launch.plan("score_transfer", line, multirun=multirun, config_dirs=dirs))
+        show("score_transfer", cfg, line, multirun, dirs)
         return
     from experiments.transfer import run
 

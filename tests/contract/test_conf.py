@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
+
+from methods.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 FILES = sorted(p.relative_to(CONF).as_posix() for p in CONF.rglob("*.yaml"))
@@ -45,3 +48,15 @@ def test_experiment_holds_to_the_rules_of_evidence(name):
     if len(spec["seeds"]) < 8:
         assert "demonstration" in spec["note"].lower()
     assert name.endswith("_paper") or "smoke" in spec
+
+
+COMMANDS = {"train": [], "eval": [], "judge": [], "synth_data": ["input=x"], "score_transfer": ["domains.path=x"]}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_its_configuration(name, capsys):
+    command = getattr(importlib.import_module(f"cli.{name}"), name)
+    command(COMMANDS[name], cfg="job")
+    assert "seed: 0" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--cfg"):
+        command(COMMANDS[name], cfg="hydra")
