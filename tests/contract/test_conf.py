@@ -55,7 +55,8 @@ COMMANDS = {"train": [], "eval": [], "judge": [], "synth_data": ["input=x"], "sc
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_prints_its_configuration(name, capsys):
-    command = getattr(importlib.import_module(f"cli.{name}"), name)
+    module = importlib.import_module(f"cli.{name}")
+    command = getattr(module, {"eval": "eval_"}.get(name, name))
     command(COMMANDS[name], cfg="job")
     assert "seed: 0" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--cfg"):
