@@ -32,7 +32,7 @@ from torch import Tensor
 
 from methods.errors import ConfigError, DataError
 
-_ROWS = 256  # rows that are squared at once: they stay in the processor's cache
+_ROWS = 64  # rows that are squared at once: they stay in the processor's cache
 
 
 class FeatureSums:
@@ -56,8 +56,9 @@ class FeatureSums:
             self.squares_s = torch.zeros_like(self.sum_s)
         self.tokens += len(h_Ts)
         for part_Ts in h_Ts.split(_ROWS):
-            self.sum_s += part_Ts.sum(0, dtype=torch.float64)
-            self.squares_s += part_Ts.square().sum(0, dtype=torch.float64)
+            wide_Ts = part_Ts.double()  # before squaring: a variance is the small difference of two such sums
+            self.sum_s += wide_Ts.sum(0)
+            self.squares_s += wide_Ts.square().sum(0)
         return self
 
     def merge(self, other: FeatureSums) -> FeatureSums:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from methods.errors import ConfigError, DataError
@@ -251,6 +251,7 @@ def test_pairs_of_different_tokens_are_refused():
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 5))
+@example(1, 19, 0)  # one token: a variance of zero is left, not the rounding of the squares
 @settings(max_examples=30, deadline=None)
 def test_sums_do_not_depend_on_how_tokens_come(tokens, latents, seed):
     generator = torch.Generator().manual_seed(seed)
