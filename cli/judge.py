@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
-from cli.train import report, show
+from cli.train import carry_out, show
 from cli.words import ConfigDir, Multirun, Overrides, ShowJob
 
 
@@ -41,20 +39,10 @@ def judge(
     The same line again skips finished runs; an interrupted one goes on where it was, because every answer is kept.
     Keys: assay judge --cfg job. Choices: assay ls. The last line of the output is the path of what was written.
     """
-    from cli import launch
-
     line, dirs = list(overrides or []), config_dir or ()
     if cfg is not None:
         show("judge", cfg, line, multirun, dirs)
         return
     from experiments.judging import run
 
-    plan = launch.plan("judge", line, multirun=multirun, config_dirs=dirs, check=run.check)
-    path = launch.launch(plan, target="experiments.judging.run:run")
-    if plan.spec is not None:
-        if plan.report:
-            report(plan)
-    else:
-        for job in plan.jobs:
-            typer.echo(run.shown(job.cfg))
-    typer.echo(path)
+    carry_out("judge", run, line, multirun, dirs)

@@ -79,7 +79,7 @@ def report(
     if shift:
         how = {"texts": texts, "items": items, "references": reference or (), "seed": seed}
         path = _shift(targets or [], results_dir, config_dir or (), how)
-    elif leaderboard or browse:
+    elif leaderboard or browse or release_compat:
         path = _page(targets or [], results_dir, leaderboard, release_compat)
     else:
         path = _table(targets, results_dir, config_dir or (), baseline, metric or (), power)
@@ -87,6 +87,10 @@ def report(
 
 
 def _page(targets: Sequence[str], results_dir: str, leaderboard: bool, release_compat: bool) -> Path:
+    from methods.errors import ConfigError
+
+    if release_compat and not leaderboard:
+        raise ConfigError("--release-compat goes with --leaderboard", where="assay report", fix="add --leaderboard")
     if leaderboard:
         from experiments.tasks.local_life.leaderboard import build
 

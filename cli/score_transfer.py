@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.train import report, show
+from cli.train import carry_out, show
 from cli.words import ConfigDir, Overrides
 
 
@@ -39,20 +39,10 @@ def score_transfer(
     The same line again skips finished runs; an interrupted one goes on with the next domain and ends in the same files.
     Keys: assay score-transfer --cfg job. The last line of the output is the path of what is written.
     """
-    from cli import launch
-
     line, dirs = list(overrides or []), config_dir or ()
     if cfg is not None:
         show("score_transfer", cfg, line, multirun, dirs)
         return
     from experiments.transfer import run
 
-    plan = launch.plan("score_transfer", line, multirun=multirun, config_dirs=dirs, check=run.check)
-    path = launch.launch(plan, target="experiments.transfer.run:run")
-    if plan.spec is not None:
-        if plan.report:
-            report(plan)
-    else:
-        for job in plan.jobs:
-            typer.echo(run.shown(job.cfg))
-    typer.echo(path)
+    carry_out("score_transfer", run, line, multirun, dirs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -106,6 +106,21 @@ def show(command: str, what: str, line: list[str], multirun: bool = False, dirs:
         if len(plan.jobs) > 1:
             typer.echo(f"--- # {job.label}")
         typer.echo(OmegaConf.to_yaml(job.cfg, resolve=True), nl=False)
+
+
+def carry_out(command: str, job: Any, line: list[str], multirun: bool, dirs: Sequence[Path]) -> None:
+    """Start every job of the line by module `job` (its `check` and `run`) and print the experiment's table, or what
+    `shown` makes of each record."""
+    from cli import launch
+
+    plan = launch.plan(command, line, multirun=multirun, config_dirs=dirs, check=job.check)
+    path = launch.launch(plan, target=f"{job.__name__}:run")
+    if plan.spec is None:
+        for one in plan.jobs:
+            typer.echo(job.shown(one.cfg))
+    elif plan.report:
+        report(plan)
+    typer.echo(path)
 
 
 def _announce(plan: Plan) -> None:

@@ -47,14 +47,14 @@ class Job:
     def work(self) -> tuple[dict[str, float], dict[str, float]]:
         quiet()
         began, cfg = time.monotonic(), self.cfg
+        given = given_changes(cfg.changes, list(self.data.domains)) if cfg.changes else None  # before the long part
         model = instantiate(self.cfg.model)
         self.loaded = model.load(Task(name="score_transfer"), self.seed, results_dir=self.cfg.results_dir)
         self._place()
         threads_for(self.loaded)
         scored, scorer = self._scored()
-        if self.cfg.changes:
-            measured = given_changes(self.cfg.changes, list(scored.domains))
-            scored = replace(scored, changes=measured, measured="the given measure")
+        if given is not None:
+            scored = replace(scored, changes=given, measured="the given measure")
         elif self.cfg.measure:
             scored = self._measured(scored, scorer)
         output.write(self.path, scored, self.seed, cfg.score.rank, cfg.mixture.budget, cfg.extremes)

@@ -53,6 +53,10 @@ class Playground:
         check_range(f"{key}.retrieve", retrieve, show)
         self.world, self.retrieve, self.show, self.pages = world, retrieve, show, pages
         self.dense, self.rerank, self.key = dense, rerank, key
+        if rerank:
+            from experiments.dense import load_reranker
+
+            load_reranker(rerank, key)  # a wrong path is said before the first question
         self.search = functools.lru_cache(maxsize=8192)(self._search)
 
     @functools.cached_property
