@@ -41,7 +41,8 @@ def random_model(shape: Shape, tokenizer: Any, device: str) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen3ForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model: Any = Qwen3ForCausalLM(config)
+    model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model

@@ -43,12 +43,13 @@ def rollouts(
     ctx.group_size, ctx.first_group = how.samples, 0
     ctx.temperature, ctx.top_p = how.temperature, how.top_p
     ctx.rows = stack.prepare_rows([row for row in items for _ in range(how.samples)], ctx)
-    task: Any = getattr(ctx.services, "task", None)
+    services: Any = ctx.services  # the bench's own, not only what it lends to methods
+    task: Any = getattr(services, "task", None)
     draw = _episodes if getattr(task, "tools", None) is not None else _sample
     mine = team.part(len(ctx.rows), how.samples)
     trajs = []
     if ctx.rows[mine]:
-        with ctx.services.apart() if team.size > 1 else nullcontext():
+        with services.apart() if team.size > 1 else nullcontext():
             trajs = stack.rollout(
                 ctx.rows[mine], ctx, lambda rows, slots=None: draw(task, engine, rows, how, encode, slots)
             )

@@ -135,7 +135,8 @@ class Bystander(RunWriter):
     def _nothing(self, *_: Any, **__: Any) -> bool:
         return False
 
-    update = log = eval = sample = cut = finish = fail = _nothing
+    update: Any = _nothing
+    log = eval = sample = cut = finish = fail = update
 
 
 def note_failure(path: Path, error: AssayError) -> None:

@@ -136,7 +136,7 @@ def _normalisation(path: Path, config: dict[str, Any], old: bool) -> str:
             file=sys.stderr,
         )
         return "none"
-    return how
+    return str(how)
 
 
 def write_sae(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:

@@ -169,7 +169,7 @@ def all_weights(model: Any, trainer: Any) -> AbstractContextManager:
     if getattr(trainer, "is_fsdp_enabled", False):
         return unsharded(model)
     if getattr(trainer, "is_deepspeed_enabled", False):
-        from trl.models import unwrap_model_for_generation
+        from trl.models.utils import unwrap_model_for_generation
 
         return unwrap_model_for_generation(model, trainer.accelerator)
     return nullcontext()

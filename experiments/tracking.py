@@ -32,7 +32,7 @@ def callbacks(cfg: DictConfig, path: Path) -> list[Any]:
     TensorBoard writes to `<run>/tensorboard`; wandb and trackio to the project `assay`, unless their environment names
     another one.
     """
-    from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 
     if cfg.record.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter

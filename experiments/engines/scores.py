@@ -42,6 +42,7 @@ class ScoreEngine(BaseEngine):
         check_range("max_length", max_length, 1)
         self.batch_size, self.max_length = batch_size, max_length
         self.counts: Counter[str] = Counter()
+        self.model: Any
         self.model, self.tokenizer = (model, tokenizer) if tokenizer is not None else _load(model)
 
     def identity(self) -> dict[str, Any]:

@@ -100,15 +100,12 @@ class CdrrmFilter:
         return rules if keep else []
 
     def _purity(self, table: pd.DataFrame) -> dict[str, float]:
-        good, kept = table["good"] == 1, table["keep"] == 1
-        passed = [float(table["once"][part].mean()) if part.any() else 0.0 for part in (good, ~good)]
-        predicted, _ = filter_purity(float(good.mean()), *passed, PASSES[self.filter])
-        columns = {"score": float(table["good"][kept].mean()), "before": float(good.mean()), "predicted": predicted}
-        return (
-            columns
-            | {name: float(table[name].mean()) for name in ("longer", "fresh", "rules")}
-            | {"kept": float(kept.mean())}
-        )
+        good, kept, once = (table[name].to_numpy(bool) for name in ("good", "keep", "once"))
+        often, seldom = (float(once[part].mean()) if part.any() else 0.0 for part in (good, ~good))
+        predicted, _ = filter_purity(float(good.mean()), often, seldom, PASSES[self.filter])
+        columns = {"score": float(good[kept].mean()), "before": float(good.mean()), "predicted": predicted}
+        means = {name: float(np.nanmean(table[name].to_numpy(float))) for name in ("longer", "fresh", "rules")}
+        return columns | means | {"kept": float(kept.mean())}
 
     def _union(self, found: Case, merged: list[Rule]) -> dict[str, float]:
         """The rules of all kept rubrics of one instruction, on the plain answers that they were written from."""

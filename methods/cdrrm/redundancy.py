@@ -24,7 +24,7 @@ def prune(D_JP: np.ndarray, texts: Sequence[str], threshold: float = JACCARD) ->
     """Rules with a mean of D above 0; of near-duplicates the more discriminative, of equals the first. In order."""
     mean_J = np.asarray(D_JP, float).mean(axis=1)
     kept: list[int] = []
-    for j in np.argsort(-mean_J, kind="stable").tolist():
+    for j in map(int, np.argsort(-mean_J, kind="stable")):
         if mean_J[j] > 0 and all(jaccard(texts[j], texts[k]) < threshold for k in kept):
             kept.append(j)
     return sorted(kept)
