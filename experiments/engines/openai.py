@@ -35,8 +35,9 @@ class OpenAIEngine(BaseEngine):
     429, 5xx, time-outs, dropped connections and unreadable answers are tried again with growing, jittered pauses, at
     least as long as Retry-After. If that does not help and the endpoint serves nothing else either, it is down:
     RunError. Otherwise that request has an error result, as after any other 4xx. 401 and 404 concern every request:
-    ConfigError. Results carry no ids. With n > 1 endpoints count tokens only in sum: without `logprobs` each
-    completion gets its share by length of text.
+    ConfigError. Results carry ids only where the endpoint tells them (vLLM with `extra={return_token_ids: true}`).
+    With n > 1 endpoints count tokens only in sum: without `logprobs` or ids each completion gets its share by length
+    of text.
     """
 
     name = "openai"
@@ -198,11 +199,15 @@ class OpenAIEngine(BaseEngine):
             usage = answer.get("usage") or {}
             texts = [(c["message"].get("content") if self.endpoint == "chat" else c["text"]) or "" for c in choices]
             logps = [_logps(choice) for choice in choices]
-            sizes = _sizes(texts, logps, int(usage.get("completion_tokens") or 0))
+            ids = [_ids(choice) for choice in choices]
+            known = [a if a is not None else b for a, b in zip(ids, logps, strict=True)]
+            sizes = _sizes(texts, known, int(usage.get("completion_tokens") or 0))
             prompt_tokens = int(usage.get("prompt_tokens") or 0)
             results = [
-                _result(text, logp if self.logprobs else None, choice.get("finish_reason"), Usage(prompt_tokens, size))
-                for text, logp, choice, size in zip(texts, logps, choices, sizes, strict=True)
+                _result(
+                    text, one, logp if self.logprobs else None, choice.get("finish_reason"), Usage(prompt_tokens, n)
+                )
+                for text, one, logp, choice, n in zip(texts, ids, logps, choices, sizes, strict=True)
             ]
         except (KeyError, TypeError, AttributeError, ValueError):
             raise Transient(self.service.clean(f"an answer of unknown form: {answer}")) from None
@@ -257,10 +262,14 @@ def _in_thread(coroutine: Any) -> Any:
     return outcome[0]
 
 
-def _result(text: str, logps: list[float] | None, finish: str | None, usage: Usage) -> Result:
+def _result(text: str, ids: list[int] | None, logps: list[float] | None, finish: str | None, usage: Usage) -> Result:
     if finish == "content_filter":
         return Result("", None, None, "error", usage, "the endpoint withheld the text (content filter)")
-    return Result(text, None, logps, "length" if finish == "length" else "stop", usage)
+    return Result(text, ids, logps, "length" if finish == "length" else "stop", usage)
+
+
+def _ids(choice: dict) -> list[int] | None:
+    return [int(token) for token in choice["token_ids"]] if choice.get("token_ids") is not None else None
 
 
 def _logps(choice: dict) -> list[float] | None:
@@ -270,10 +279,10 @@ def _logps(choice: dict) -> list[float] | None:
     return [float(value) for value in found["token_logprobs"]] if found.get("token_logprobs") else None
 
 
-def _sizes(texts: list[str], logps: list[list[float] | None], total: int) -> list[int]:
-    """Tokens of each completion: counted where log-probabilities came, else shares of the sum by length of text."""
-    if all(logp is not None for logp in logps):
-        return [len(logp or []) for logp in logps]
+def _sizes(texts: list[str], tokens: list[Any], total: int) -> list[int]:
+    """Tokens of each completion: counted where they are listed, else shares of the sum by length of text."""
+    if all(listed is not None for listed in tokens):
+        return [len(listed) for listed in tokens]
     weights = [len(text.encode("utf-8", "replace")) + 1 for text in texts]
     ends = [round(total * sum(weights[: place + 1]) / sum(weights)) for place in range(len(weights))]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -99,6 +99,8 @@ class Handler(BaseHTTPRequestHandler):
             text, finish = fake_text(prompt, body.get("seed"), sample, body["max_tokens"], body.get("stop"))
             logps = {"content": [{"token": c, "logprob": -1.0} for c in text]} if body.get("logprobs") else None
             part = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            if body.get("return_token_ids"):
+                part["token_ids"] = [ord(letter) for letter in text]
             choices.append({"index": sample, "finish_reason": finish, "logprobs": logps, **part})
         size = sum(len((c.get("message") or {}).get("content") or c.get("text") or "") for c in choices)
         return {"choices": choices, "usage": {"prompt_tokens": len(prompt), "completion_tokens": size}}
@@ -755,6 +757,16 @@ def test_schema_prices_and_extra_fields(server):
     body = server.bodies[0]
     assert body["response_format"]["json_schema"]["schema"] == schema
     assert body["top_k"] == 0 and body["stop"] == ["%"] and 0 <= body["seed"] < 2**31
+
+
+def test_token_ids_are_kept_where_the_endpoint_tells_them(server):
+    asked = [Request(prompt="abc", n=2, max_tokens=5, seed=0)]
+    with endpoint(server, extra={"return_token_ids": True}) as engine:
+        results = engine.generate(asked)[0]
+        assert [r.ids for r in results] == [[ord(letter) for letter in r.text] for r in results]
+        assert [r.usage.completion_tokens for r in results] == [len(r.text) for r in results]
+    with endpoint(server) as engine:
+        assert [r.ids for r in engine.generate(asked)[0]] == [None, None]
 
 
 def test_token_shares_add_up(server):
