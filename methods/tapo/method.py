@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -42,8 +43,9 @@ class Tapo(Method):
     Differs from the paper, which leaves them open: similarity measures, components, the product a, what alpha_min
     bounds, theta and alpha_min; scope is one prompt. A turn with several calls gets the mean of their D.
     Degenerate: no success, no failure, no tool calls, beta = 0 or theta > 1 leave the advantages as they are, bit for
-    bit. Unparsable calls, missing fields, empty queries and boxes without area match nothing. A NaN outcome is neither
-    success nor failure. A repeated call is corrected each time and supports once. DataError for overlapping turns.
+    bit (a first generation without calls is said in a warning). Unparsable calls, missing fields, empty queries and
+    boxes without area match nothing. A NaN outcome is neither success nor failure. A repeated call is corrected each
+    time and supports once. DataError for overlapping turns.
     """
 
     theta: float = 0.8
@@ -54,6 +56,7 @@ class Tapo(Method):
     exclude_tools: Sequence[str] = ()
     schema: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: SCHEMA)
     last: dict[str, float] = field(default_factory=dict, init=False)
+    seen: bool = field(default=False, init=False)  # a first generation, whose lack of calls is worth a warning
 
     name = "tapo"
     needs = frozenset({"group_baseline"})
@@ -91,6 +94,7 @@ class Tapo(Method):
         rollouts = Rollouts(prompt_N, outcome_N > 0.5, outcome_N <= 0.5, rollout_means(adv_ST, batch))
         calls = Calls(self.schema, self.exclude_tools)
         actions = actions_of(ctx.trajs, calls, rollouts.mixed_N)
+        self._warn_once(len(ctx.trajs), len(actions.call_U))
         found = match(calls, actions.call_U, actions.rollout_U, rollouts, self.theta)
 
         confidence_U = found.similarity_U * (found.support_U if self.support else 1.0)
@@ -102,6 +106,13 @@ class Tapo(Method):
         sums = torch.tensor([list(n.values())], dtype=torch.float64)
         self.last = rates(dict(zip(n, ctx.gather(sums).sum(0).tolist(), strict=True)))
         return self.corrected(adv_ST, transfer_NK, batch) if transfer_NK.any() else adv_ST
+
+    def _warn_once(self, rollouts: int, calls: int) -> None:
+        """Says what a first generation without a tool call means."""
+        if not self.seen and not calls:
+            what = f"TAPO saw no tool call in the first {rollouts} rollouts: while there is none it changes nothing"
+            warnings.warn(f"{what} (choose a task with tools that the model calls)", stacklevel=3)
+        self.seen = True
 
     def _passed(self, transfer_U: Floats, actions: Actions, rollouts: Rollouts, ctx: Context) -> Floats:
         """The transfers after the signal, which sees the readable calls of failing rollouts in mixed groups."""

@@ -437,7 +437,9 @@ def test_no_success_changes_nothing():
 def test_without_tool_calls_nothing_changes_and_the_rates_count_it():
     method = Tapo()
     trajs = group_of([[], [], []], [1, 0, 0])
-    assert unchanged(trajs, method)
+    with pytest.warns(UserWarning, match="saw no tool call in the first 3 rollouts") as said:
+        assert unchanged(trajs, method) and unchanged(trajs, method)
+    assert len(said) == 1
     assert method.last["rho_traj"] == 0 and math.isnan(method.last["rho_traj_tool_users"])
     for t in trajs:
         t.turns = [Turn(0, 0, 2, "answer")]
