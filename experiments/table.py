@@ -210,7 +210,7 @@ def _arms(study: Study) -> str:
         lonely = lonely or any(interval.basis == "items" for interval in cells)
         rows.append([arm, str(len(readings)), *map(cell, cells)])
     text = "## Means with 95 % intervals\n\n" + grid(["arm", "seeds", *study.metrics], rows)
-    text += "\n\nIntervals: Student's t over seeds."
+    text += "\n\nIntervals: Student's t over seeds (symmetric, so that of a share near 0 or 1 can pass it)."
     if lonely:
         text += " An arm with one seed has an interval over its items only: it says nothing about another seed."
     return text
