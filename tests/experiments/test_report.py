@@ -518,3 +518,9 @@ def test_the_command_prints_the_table_and_then_its_path(results, capsys, monkeyp
     assert lines[0] == "# exp" and Path(lines[-1]) == results / "exp/table.md" and Path(lines[-1]).exists()
     report([str(results / "raw/exp/good/seed8")], results_dir=str(results), browse=True)
     assert capsys.readouterr().out.strip() == str(results / "raw/exp/good/seed8/samples.html")
+
+
+def test_numbers_say_what_is_zero_and_what_is_small():
+    assert [table.number(x, True) for x in (6.9e-18, -2e-17, 4.8e-4)] == ["+0.000", "+0.000", "+4.8e-04"]
+    known = {math.nan: "-", math.inf: "inf", 0.1234: "0.123", 12.345: "12.35", 5120.4: "5,120"}
+    assert [table.number(x) for x in known] == list(known.values())
