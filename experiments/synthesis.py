@@ -174,7 +174,10 @@ class Forge:
     """
 
     def __init__(self, recipe: Recipe, session: Session | None, cfg: Any, state: dict[str, Any]) -> None:
-        self.recipe, self.session, self.cfg = recipe, session, cfg
+        self.recipe, self.session = recipe, session
+        # Read once: a look into the configuration costs as much as a small stage.
+        self.window, self.wanted, self.attempts = cfg.window, cfg.conversations, cfg.attempts
+        self.max_tokens, self.seed = cfg.max_tokens, cfg.seed
         self.turns: dict[str, int] = dict(state.get("turns") or dict.fromkeys(ROUTES, 0))
         self.kept: dict[str, int] = dict(state.get("kept") or {})
         self.seen: dict[str, list[int]] = {k: list(v) for k, v in (state.get("seen") or {}).items()}
@@ -217,8 +220,9 @@ class Forge:
 
     def _room(self) -> int:
         """Triples under way at once: hardly more than can still be wanted, because each is paid for."""
-        wanted = self.cfg.conversations
-        return self.cfg.window if wanted is None else min(self.cfg.window, max(1, 2 * (wanted - self.kept_total)))
+        if self.wanted is None:
+            return self.window
+        return min(self.window, max(1, 2 * (self.wanted - self.kept_total)))
 
     def missing(self, sources: Sequence[Path], stopped: Any) -> Iterator[Job]:
         """Further dialogues for shapes that have none although their route occurs: the first triples of the route are
@@ -264,7 +268,7 @@ class Forge:
             if job.done or job.label is None:
                 continue
             shapes, first = of_route(job.label.route), self.turns[job.label.route]
-            job.todo = [shapes[(first + i) % len(shapes)] for i in range(min(self.cfg.attempts, len(shapes)))]
+            job.todo = [shapes[(first + i) % len(shapes)] for i in range(min(self.attempts, len(shapes)))]
             self.turns[job.label.route] = (first + 1) % len(shapes)
             self._next(job)
 
@@ -294,9 +298,8 @@ class Forge:
             self._reject(job, skip)
             return
         assert self.session is not None
-        budget = self.cfg.max_tokens
         request = Request(
-            messages=ask.messages, max_tokens=budget, temperature=ask.temperature, seed=self.cfg.seed + ask.seed
+            messages=ask.messages, max_tokens=self.max_tokens, temperature=ask.temperature, seed=self.seed + ask.seed
         )
         self.session.submit(job.number, request)
 

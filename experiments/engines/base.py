@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from experiments.tokenizers import chat_ids, plain_text, prefilled
@@ -207,6 +207,6 @@ def encode(tokenizer: Any, request: Request, chat: bool) -> list[int]:
 
 def request_key(identity: dict[str, Any], request: Request) -> str:
     """Hex digest of model and request: equal keys mean that one answer serves both."""
-    asked = {key: value for key, value in asdict(request).items() if key != "images"}
+    asked = {field.name: getattr(request, field.name) for field in fields(Request) if field.name != "images"}
     payload = json.dumps([identity, asked], sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(payload.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()

@@ -73,6 +73,7 @@ class Endpoint:
         self.retries, self.seconds_waited = 0, 0.0
         self._last_answer = float("-inf")
         self._ssl: Any = None
+        self._addresses: dict[str, httpx.URL] = {}
 
     def client(self) -> httpx.AsyncClient:
         """A connection pool. Raises ConfigError if the named environment variable is not set."""
@@ -150,7 +151,7 @@ class Endpoint:
         try:
             # httpx counts its time-out between bytes; a server that trickles would never reach it.
             async with asyncio.timeout(timeout):
-                response = await client.request(verb, f"{self.url}/{path}", json=body)
+                response = await client.request(verb, self._address(path), json=body)
         except (TimeoutError, httpx.TimeoutException):
             raise Transient(f"no answer within {timeout:.3g} seconds") from None
         except (httpx.TransportError, httpx.DecodingError) as error:
@@ -181,6 +182,12 @@ class Endpoint:
                 fix="check engine.url (the base, which often ends in /v1) and engine.model",
             )
         raise Refused(f"status {status}: {said}")
+
+    def _address(self, path: str) -> httpx.URL:
+        """Read once: httpx takes a text apart at every request."""
+        if path not in self._addresses:
+            self._addresses[path] = httpx.URL(f"{self.url}/{path}")
+        return self._addresses[path]
 
     async def _alive(self, client: httpx.AsyncClient) -> bool:
         try:
