@@ -11,7 +11,7 @@ import contextlib
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,9 @@ def run(cfg: DictConfig) -> Path:
         set_up(cfg, output, own, stop) as (recipe, session, cost),
     ):
         forge = Forge(recipe, session, cfg, output.state)
-        with progress_bar("synthesis", total, unit="triples") as progress:
+        beside = (lambda: f"{forge.answers} answers") if session else str
+        with progress_bar("synthesis", total, unit="triples", beside=beside) as progress:
+            forge.heard = lambda: progress(0)  # a model that takes minutes for a triple is seen to live
             progress(output.state["position"])
             _write_all(forge, sources, output, cfg, stop, progress, cost)
         report.finish(output, cfg, total, cost(), time.monotonic() - began)
@@ -71,7 +73,7 @@ def run(cfg: DictConfig) -> Path:
 
 def check(cfg: DictConfig) -> None:
     """Raises ConfigError for settings that cannot be right."""
-    for key in ("attempts", "tries", "max_tokens", "window", "conversations"):
+    for key in ("attempts", "tries", "max_tokens", "window", "conversations", "batch_tokens"):
         if cfg[key] is not None:
             check_range(key, cfg[key], 1)
     for key in ("variants", "attempts"):
@@ -182,6 +184,8 @@ class Forge:
         self.kept: dict[str, int] = dict(state.get("kept") or {})
         self.seen: dict[str, list[int]] = {k: list(v) for k, v in (state.get("seen") or {}).items()}
         self._jobs: dict[int, Job] = {}
+        self.answers = 0
+        self.heard: Callable[[], None] = lambda: None  # called after each answer
 
     @property
     def kept_total(self) -> int:
@@ -307,6 +311,8 @@ class Forge:
         """Waits for one answer and lets its triple go on."""
         assert self.session is not None
         tag, results = self.session.get()
+        self.answers += 1
+        self.heard()
         self._advance(self._jobs[int(tag)], text_of(results))  # type: ignore[arg-type]
 
     def _reject(self, job: Job, skip: Skip) -> None:
@@ -338,5 +344,5 @@ def nothing_kept(reasons: dict[str, int]) -> RunError:
         "No conversation passed",
         got="; ".join(f"{reason}: {count}" for reason, count in top),
         expected="triples with question, answer and golden context",
-        fix=f"look into {files.REJECTED} in the output folder",
+        fix=f"look into {files.REJECTED} and statistics.json in the output folder",
     )

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import httpx
 import tenacity
 
+from experiments.engines.connection import OneConnection
 from methods.errors import ConfigError, RunError
 
 # httpcore looks for this package several times in each request; where it is missing, along the whole path.
@@ -76,7 +78,7 @@ class Endpoint:
         self._addresses: dict[str, httpx.URL] = {}
 
     def client(self) -> httpx.AsyncClient:
-        """A connection pool. Raises ConfigError if the named environment variable is not set."""
+        """A client for one request at a time. Raises ConfigError if the named environment variable is not set."""
         headers = {}
         if self.api_key_env is not None:
             key = os.environ.get(self.api_key_env, "").strip()
@@ -90,7 +92,9 @@ class Endpoint:
             if not (key.isascii() and key.isprintable()):
                 raise ConfigError("The API key holds characters that no key has", where=self.api_key_env)
             headers["Authorization"] = f"Bearer {key}"
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        if urlsplit(self.url).scheme == "http" and not {"http", "all"} & getproxies().keys():
+            return httpx.AsyncClient(timeout=self.timeout, headers=headers, transport=OneConnection())
+        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1)
         # Made once: a context reads all certificates of the machine.
         self._ssl = self._ssl or httpx.create_ssl_context()
         return httpx.AsyncClient(timeout=self.timeout, headers=headers, limits=limits, verify=self._ssl)

@@ -259,18 +259,36 @@ def test_all_stages_by_an_endpoint_and_its_cost(job, endpoint):
     assert "US dollars" in summary(folder)
 
 
-def test_a_model_in_this_process_is_asked(job, tmp_path):
-    """It writes nonsense, which the rules count; the job itself runs."""
+def test_a_model_in_this_process_is_asked(job, tmp_path, monkeypatch, capfd):
+    """It writes nonsense, which the rules count; the job itself runs, says how far it is, and keeps every batch."""
+    from experiments.engines import progress, transformers
     from experiments.models import Tiny
     from experiments.tokenizers import tiny_tokenizer
 
     tokenizer = tiny_tokenizer(chat=True)
     Tiny(chat=True, warm_start=None, max_length=8192).new(tokenizer, 0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(RunError, match="cannot be read"):
-        job(f"input={write_triples(tmp_path / 'one.jsonl', 1)}", "engine=transformers", "model=hf",
-            f"model.path={tmp_path / 'model'}", "max_tokens=4", "tries=1", "stages.write=template",
-            "stages.judge=template")  # fmt: skip
+    monkeypatch.setattr(progress.progress_bar.__wrapped__, "__defaults__", (0.0, "requests", str))
+    words = [f"input={write_triples(tmp_path / 'three.jsonl', 3)}", "engine=transformers", "model=hf",
+             f"model.path={tmp_path / 'model'}", "max_tokens=4", "tries=1", "stages.write=template",
+             "stages.judge=template", "batch_tokens=2000"]  # fmt: skip
+    batch, calls = transformers.TransformersEngine._batch, []
+
+    def dies_at_the_third(self, jobs, setting):
+        calls.append(len(jobs))
+        if len(calls) == 3:
+            raise OSError("killed")
+        return batch(self, jobs, setting)
+
+    monkeypatch.setattr(transformers.TransformersEngine, "_batch", dies_at_the_third)
+    with pytest.raises(OSError, match="killed"):
+        job(*words)
+    assert "0/3 triples" in (said := capfd.readouterr().err) and ", 2 answers" in said
+    with pytest.raises(RunError, match="cannot be read: 3"):
+        job(*words)
+    assert calls == [1, 1, 1, 1]  # two answers were on disk
+    found = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert found["conversations"] == 0 and found["rejections"] == {"label: the engine's answer cannot be read": 3}
 
 
 # ---------------------------------------------------------------- going on
