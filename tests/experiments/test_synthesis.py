@@ -541,6 +541,23 @@ def test_a_session_over_an_engine_that_answers_lists():
     session.close()
 
 
+def test_a_live_session_wakes_its_loop_once_for_all_that_gathers(endpoint, monkeypatch):
+    from experiments.engines.openai import OpenAIEngine
+    from experiments.engines.session import LiveSession
+
+    monkeypatch.setitem(globals(), "scripted", lambda body: body["messages"][0]["content"].upper())
+    session, woken = LiveSession(OpenAIEngine(f"http://127.0.0.1:{endpoint.server_port}/v1", "fake")), []
+    for words, wakes in (("abc", 1), ("d", 2)):  # after a look it is woken again
+        with monkeypatch.context() as patch:
+            patch.setattr(session._loop, "call_soon_threadsafe", woken.append)
+            for word in words:
+                session.submit(word, Request(prompt=word))
+        assert len(woken) == wakes
+        session._loop.call_soon_threadsafe(woken[-1])
+        assert {tag: r[0].text for tag, r in (session.get() for _ in words)} == {c: c.upper() for c in words}
+    session.close()
+
+
 # ---------------------------------------------------------------- what users get wrong
 
 
