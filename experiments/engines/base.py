@@ -135,6 +135,7 @@ class BaseEngine:
     needs: Literal["model", "folder", "nothing"] = "nothing"
     tokenizer: Any = None  # where the engine works on token ids
     chat = False  # plain prompts become one user message
+    halted = False  # a stream under way ends after the answers that are computed already
 
     def __init__(self) -> None:
         self._cost: dict[str, float] = {"requests": 0, "errors": 0, "prompt_tokens": 0, "completion_tokens": 0}

@@ -36,7 +36,7 @@ class Session(Protocol):
         ...
 
     def drain(self) -> int:
-        """Stops asking, waits for the answers under way, which reach the cache; returns how many came."""
+        """The last call: asks nothing more, waits for the answers under way, which reach the cache, and counts them."""
         ...
 
     def close(self) -> None: ...
@@ -75,7 +75,9 @@ class GatheredSession:
 
     def drain(self) -> int:
         self._waiting = []
-        return 0
+        inner: Any = self.engine.engine if isinstance(self.engine, CachedEngine) else self.engine
+        inner.halted = True
+        return sum(1 for _ in self._running)
 
     def close(self) -> None:
         close = getattr(self._running, "close", None)

@@ -122,6 +122,8 @@ class TransformersEngine(BaseEngine):
         for setting, jobs in groups.items():
             jobs.sort(key=lambda job: -len(job.ids))  # longest first: what does not fit into memory fails at once
             for batch in self._batches(jobs):
+                if self.halted:
+                    return
                 for job, result in zip(batch, self._batch(batch, setting), strict=True):
                     done[job.request][job.sample] = result
                     missing[job.request] -= 1

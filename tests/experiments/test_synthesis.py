@@ -541,6 +541,24 @@ def test_a_session_over_an_engine_that_answers_lists():
     session.close()
 
 
+def test_a_stop_keeps_the_rest_of_a_batch_and_begins_no_other(tmp_path):
+    from experiments.engines.cache import CachedEngine
+    from experiments.engines.session import open_session
+    from experiments.engines.transformers import TransformersEngine
+    from experiments.models import Tiny
+    from experiments.tokenizers import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    engine = TransformersEngine(Tiny(warm_start=None, max_length=16).new(tokenizer, 0), tokenizer, batch_size=3)
+    session = open_session(CachedEngine(engine, tmp_path))
+    for k in range(7):
+        session.submit(k, Request(prompt="ab=", max_tokens=2, seed=k))
+    session.get()
+    assert session.drain() == 2
+    session.close()
+    assert sum(len(shard.read_bytes().splitlines()) for shard in tmp_path.glob("*.jsonl")) == 3
+
+
 def test_a_live_session_wakes_its_loop_once_for_all_that_gathers(endpoint, monkeypatch):
     from experiments.engines.openai import OpenAIEngine
     from experiments.engines.session import LiveSession
