@@ -84,15 +84,17 @@ def test_norm_zero_and_texts_without_words():
     assert cosine((0, 0), (1, 0)) == 0 and similarity("?!", ["a b"]) == [0.0] and sum(lexical_vector("")) <= 2
 
 
-TEXTS = st.lists(st.sampled_from("abcdé"), max_size=6).map(" ".join)
+TEXTS = st.text("abcdé ", max_size=12).map(" ".join)
 
 
+@settings(max_examples=60, deadline=None)
 @given(TEXTS, st.lists(TEXTS, min_size=1, max_size=5))
 def test_similarity_is_the_ratio_of_bm25_scores(candidate, kept):
     *scores, own = Bm25([*kept, candidate]).scores(candidate)
     assert similarity(candidate, kept) == [min(1.0, score / own) if own else 0.0 for score in scores]
 
 
+@settings(max_examples=60, deadline=None)
 @given(TEXTS, st.lists(TEXTS, max_size=4), st.sampled_from([-1.0, 0.4]), st.sampled_from([0, 2]))
 def test_accepting_is_the_verdict_in_one_bit(candidate, kept, theta_c, free):
     gate = DualGate(theta_c, 0.5, 0.8, free=free)
