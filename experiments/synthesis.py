@@ -11,7 +11,7 @@ import contextlib
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,9 @@ def run(cfg: DictConfig) -> Path:
         set_up(cfg, output, own, stop) as (recipe, session, cost),
     ):
         forge = Forge(recipe, session, cfg, output.state)
-        with progress_bar("synthesis", total, unit="triples") as progress:
+        beside = (lambda: f"{forge.answers} answers") if session else str
+        with progress_bar("synthesis", total, unit="triples", beside=beside) as progress:
+            forge.heard = lambda: progress(0)  # a model that takes minutes for a triple is seen to live
             progress(output.state["position"])
             _write_all(forge, sources, output, cfg, stop, progress, cost)
         report.finish(output, cfg, total, cost(), time.monotonic() - began)
@@ -71,7 +73,7 @@ def run(cfg: DictConfig) -> Path:
 
 def check(cfg: DictConfig) -> None:
     """Raises ConfigError for settings that cannot be right."""
-    for key in ("attempts", "tries", "max_tokens", "window", "conversations"):
+    for key in ("attempts", "tries", "max_tokens", "window", "conversations", "batch_tokens"):
         if cfg[key] is not None:
             check_range(key, cfg[key], 1)
     for key in ("variants", "attempts"):
@@ -174,11 +176,16 @@ class Forge:
     """
 
     def __init__(self, recipe: Recipe, session: Session | None, cfg: Any, state: dict[str, Any]) -> None:
-        self.recipe, self.session, self.cfg = recipe, session, cfg
+        self.recipe, self.session = recipe, session
+        # Read once: a look into the configuration costs as much as a small stage.
+        self.window, self.wanted, self.attempts = cfg.window, cfg.conversations, cfg.attempts
+        self.max_tokens, self.seed = cfg.max_tokens, cfg.seed
         self.turns: dict[str, int] = dict(state.get("turns") or dict.fromkeys(ROUTES, 0))
         self.kept: dict[str, int] = dict(state.get("kept") or {})
         self.seen: dict[str, list[int]] = {k: list(v) for k, v in (state.get("seen") or {}).items()}
         self._jobs: dict[int, Job] = {}
+        self.answers = 0
+        self.heard: Callable[[], None] = lambda: None  # called after each answer
 
     @property
     def kept_total(self) -> int:
@@ -217,8 +224,9 @@ class Forge:
 
     def _room(self) -> int:
         """Triples under way at once: hardly more than can still be wanted, because each is paid for."""
-        wanted = self.cfg.conversations
-        return self.cfg.window if wanted is None else min(self.cfg.window, max(1, 2 * (wanted - self.kept_total)))
+        if self.wanted is None:
+            return self.window
+        return min(self.window, max(1, 2 * (self.wanted - self.kept_total)))
 
     def missing(self, sources: Sequence[Path], stopped: Any) -> Iterator[Job]:
         """Further dialogues for shapes that have none although their route occurs: the first triples of the route are
@@ -264,7 +272,7 @@ class Forge:
             if job.done or job.label is None:
                 continue
             shapes, first = of_route(job.label.route), self.turns[job.label.route]
-            job.todo = [shapes[(first + i) % len(shapes)] for i in range(min(self.cfg.attempts, len(shapes)))]
+            job.todo = [shapes[(first + i) % len(shapes)] for i in range(min(self.attempts, len(shapes)))]
             self.turns[job.label.route] = (first + 1) % len(shapes)
             self._next(job)
 
@@ -294,9 +302,8 @@ class Forge:
             self._reject(job, skip)
             return
         assert self.session is not None
-        budget = self.cfg.max_tokens
         request = Request(
-            messages=ask.messages, max_tokens=budget, temperature=ask.temperature, seed=self.cfg.seed + ask.seed
+            messages=ask.messages, max_tokens=self.max_tokens, temperature=ask.temperature, seed=self.seed + ask.seed
         )
         self.session.submit(job.number, request)
 
@@ -304,6 +311,8 @@ class Forge:
         """Waits for one answer and lets its triple go on."""
         assert self.session is not None
         tag, results = self.session.get()
+        self.answers += 1
+        self.heard()
         self._advance(self._jobs[int(tag)], text_of(results))  # type: ignore[arg-type]
 
     def _reject(self, job: Job, skip: Skip) -> None:
@@ -335,5 +344,5 @@ def nothing_kept(reasons: dict[str, int]) -> RunError:
         "No conversation passed",
         got="; ".join(f"{reason}: {count}" for reason, count in top),
         expected="triples with question, answer and golden context",
-        fix=f"look into {files.REJECTED} in the output folder",
+        fix=f"look into {files.REJECTED} and statistics.json in the output folder",
     )

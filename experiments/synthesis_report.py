@@ -77,15 +77,16 @@ def statistics(folder: Path, triples: int) -> dict[str, Any]:
 
 
 def finish(output: files.Output, cfg: DictConfig, triples: int, cost: dict[str, float], seconds: float) -> None:
-    """Everything that is made from the finished files; the state says `finished` last."""
+    """Everything that is made from the finished files; the state says `finished` last. Raises RunError where nothing
+    was kept; the statistics are written then too."""
     from experiments.synthesis import nothing_kept
 
     folder = output.folder
     found = statistics(folder, triples)
+    write_json(folder / "statistics.json", found)
     if not found["conversations"]:
         raise nothing_kept(found["rejections"])
     files.to_parquet(folder / files.TRAIN, folder / "train.parquet")
-    write_json(folder / "statistics.json", found)
     replace(folder / "README.md", card(found, cfg).encode())
     kept = found["conversations"]
     spent = {**cost, "seconds": seconds, "conversations_per_minute": 60 * kept / seconds}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 2  # raise it with any change that makes other conversations from the same settings
 # What does not change a single line of what is written.
-NO_MATTER = ("output", "overwrite", "cache", "window", "input", "results_dir")
+NO_MATTER = ("output", "overwrite", "cache", "window", "batch_tokens", "input", "results_dir")
 PATIENCE = (
     "concurrency",
     "timeout",
@@ -98,6 +98,9 @@ def set_up(
             from experiments.engines.build import build_engine
 
             engine = stack.enter_context(build_engine(cfg, None, cache=bool(cfg.cache)))
+            inner = getattr(engine, "engine", engine)  # below the cache
+            if hasattr(inner, "batch_tokens"):
+                inner.batch_tokens = cfg.batch_tokens
         session = open_session(engine) if engine is not None else None
         if session is not None:
             stack.callback(session.close)

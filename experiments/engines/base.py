@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from experiments.tokenizers import chat_ids, plain_text, prefilled
@@ -135,6 +135,7 @@ class BaseEngine:
     needs: Literal["model", "folder", "nothing"] = "nothing"
     tokenizer: Any = None  # where the engine works on token ids
     chat = False  # plain prompts become one user message
+    halted = False  # a stream under way ends after the answers that are computed already
 
     def __init__(self) -> None:
         self._cost: dict[str, float] = {"requests": 0, "errors": 0, "prompt_tokens": 0, "completion_tokens": 0}
@@ -207,6 +208,6 @@ def encode(tokenizer: Any, request: Request, chat: bool) -> list[int]:
 
 def request_key(identity: dict[str, Any], request: Request) -> str:
     """Hex digest of model and request: equal keys mean that one answer serves both."""
-    asked = {key: value for key, value in asdict(request).items() if key != "images"}
+    asked = {field.name: getattr(request, field.name) for field in fields(Request) if field.name != "images"}
     payload = json.dumps([identity, asked], sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(payload.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()

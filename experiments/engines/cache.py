@@ -33,7 +33,7 @@ class CachedEngine(BaseEngine):
         self.engine, self.folder, self.name = engine, Path(folder), engine.name
         self.chat = getattr(engine, "chat", False)
         self._shard: Any = None
-        self._shard_path = self.folder
+        self._shard_path, self._end = self.folder, 0
         self._where: dict[str, tuple[Path, int]] = {}
         self._hits = 0
         try:
@@ -82,7 +82,8 @@ class CachedEngine(BaseEngine):
                 # Unbuffered: one write per answer, so that a kill loses at most the answer being written.
                 self._shard_path = self.folder / f"{uuid.uuid4().hex}.jsonl"  # one object for all its entries
                 self._shard = self._shard_path.open("ab", buffering=0)
-            offset = self._shard.tell()
+                self._end = 0  # nobody else writes here
+            offset = self._end
             if self._shard.write(line) != len(line):
                 raise OSError(28, "the file system took only part of the line")
         except OSError as error:
@@ -93,6 +94,7 @@ class CachedEngine(BaseEngine):
                 got=error.strerror or error,
                 fix="free some space; the same command then goes on from what is stored",
             ) from None
+        self._end += len(line)
         self._where[key] = (self._shard_path, offset)
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Result]]]:

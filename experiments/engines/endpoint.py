@@ -15,10 +15,12 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import httpx
 import tenacity
 
+from experiments.engines.connection import OneConnection
 from methods.errors import ConfigError, RunError
 
 # httpcore looks for this package several times in each request; where it is missing, along the whole path.
@@ -73,9 +75,10 @@ class Endpoint:
         self.retries, self.seconds_waited = 0, 0.0
         self._last_answer = float("-inf")
         self._ssl: Any = None
+        self._addresses: dict[str, httpx.URL] = {}
 
     def client(self) -> httpx.AsyncClient:
-        """A connection pool. Raises ConfigError if the named environment variable is not set."""
+        """A client for one request at a time. Raises ConfigError if the named environment variable is not set."""
         headers = {}
         if self.api_key_env is not None:
             key = os.environ.get(self.api_key_env, "").strip()
@@ -89,7 +92,9 @@ class Endpoint:
             if not (key.isascii() and key.isprintable()):
                 raise ConfigError("The API key holds characters that no key has", where=self.api_key_env)
             headers["Authorization"] = f"Bearer {key}"
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        if urlsplit(self.url).scheme == "http" and not {"http", "all"} & getproxies().keys():
+            return httpx.AsyncClient(timeout=self.timeout, headers=headers, transport=OneConnection())
+        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1)
         # Made once: a context reads all certificates of the machine.
         self._ssl = self._ssl or httpx.create_ssl_context()
         return httpx.AsyncClient(timeout=self.timeout, headers=headers, limits=limits, verify=self._ssl)
@@ -150,7 +155,7 @@ class Endpoint:
         try:
             # httpx counts its time-out between bytes; a server that trickles would never reach it.
             async with asyncio.timeout(timeout):
-                response = await client.request(verb, f"{self.url}/{path}", json=body)
+                response = await client.request(verb, self._address(path), json=body)
         except (TimeoutError, httpx.TimeoutException):
             raise Transient(f"no answer within {timeout:.3g} seconds") from None
         except (httpx.TransportError, httpx.DecodingError) as error:
@@ -181,6 +186,12 @@ class Endpoint:
                 fix="check engine.url (the base, which often ends in /v1) and engine.model",
             )
         raise Refused(f"status {status}: {said}")
+
+    def _address(self, path: str) -> httpx.URL:
+        """Read once: httpx takes a text apart at every request."""
+        if path not in self._addresses:
+            self._addresses[path] = httpx.URL(f"{self.url}/{path}")
+        return self._addresses[path]
 
     async def _alive(self, client: httpx.AsyncClient) -> bool:
         try:

@@ -174,7 +174,7 @@ class OpenAIEngine(BaseEngine):
         return body | ({"logprobs": 0} if self.logprobs else {})
 
     async def answer(self, client: httpx.AsyncClient, request: Request) -> list[Result]:
-        """The n results of one request over an open connection pool (`service.client()`)."""
+        """The n results of one request over a client of the service (`service.client()`)."""
         return await self._serve(client, request, self._body(request))
 
     async def _serve(self, client: httpx.AsyncClient, request: Request, body: dict) -> list[Result]:

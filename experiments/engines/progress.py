@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from experiments.engines.base import Progress
 
@@ -14,14 +14,18 @@ INTERVAL = 10.0
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: int, interval: float = INTERVAL, unit: str = "requests") -> Iterator[Progress]:
-    """A function to call with the number of requests (or other units) just finished. The last line always comes."""
-    with _bar(title, total) if sys.stderr.isatty() else _lines(title, total, interval, unit) as advance:
+def progress_bar(
+    title: str, total: int, interval: float = INTERVAL, unit: str = "requests", beside: Callable[[], str] = str
+) -> Iterator[Progress]:
+    """A function to call with the number of requests (or other units) just finished, 0 where only what `beside` says
+    has changed. The last line always comes."""
+    bar = _bar(title, total, beside) if sys.stderr.isatty() else _lines(title, total, interval, unit, beside)
+    with bar as advance:
         yield advance
 
 
 @contextlib.contextmanager
-def _bar(title: str, total: int) -> Iterator[Progress]:
+def _bar(title: str, total: int, beside: Callable[[], str]) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -33,13 +37,13 @@ def _bar(title: str, total: int) -> Iterator[Progress]:
 
         def advance(count: int) -> None:
             bar.advance(row, count)
-            bar.update(row, rate=_speed(bar.tasks[0].speed or 0.0))
+            bar.update(row, rate=_speed(bar.tasks[0].speed or 0.0) + _more(beside))
 
         yield advance
 
 
 @contextlib.contextmanager
-def _lines(title: str, total: int, interval: float, unit: str) -> Iterator[Progress]:
+def _lines(title: str, total: int, interval: float, unit: str, beside: Callable[[], str]) -> Iterator[Progress]:
     began = spoke = time.monotonic()
     done = 0
 
@@ -47,7 +51,7 @@ def _lines(title: str, total: int, interval: float, unit: str) -> Iterator[Progr
         passed = time.monotonic() - began
         rate = done / passed if passed > 0 else 0.0
         left = f", about {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        line = f"{title}: {done}/{total} {unit}, {_speed(rate)}, {passed:.0f} s passed{left}"
+        line = f"{title}: {done}/{total} {unit}, {_speed(rate)}, {passed:.0f} s passed{left}{_more(beside)}"
         print(line, file=sys.stderr, flush=True)
 
     def advance(count: int) -> None:
@@ -61,6 +65,11 @@ def _lines(title: str, total: int, interval: float, unit: str) -> Iterator[Progr
         yield advance
     finally:
         say()
+
+
+def _more(beside: Callable[[], str]) -> str:
+    said = beside()
+    return f", {said}" if said else ""
 
 
 def _speed(rate: float) -> str:

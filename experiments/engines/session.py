@@ -11,6 +11,7 @@ import contextlib
 import queue
 import sys
 import threading
+from collections import deque
 from collections.abc import Hashable, Iterator
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ class Session(Protocol):
         ...
 
     def drain(self) -> int:
-        """Stops asking, waits for the answers under way, which reach the cache; returns how many came."""
+        """The last call: asks nothing more, waits for the answers under way, which reach the cache, and counts them."""
         ...
 
     def close(self) -> None: ...
@@ -74,7 +75,9 @@ class GatheredSession:
 
     def drain(self) -> int:
         self._waiting = []
-        return 0
+        inner: Any = self.engine.engine if isinstance(self.engine, CachedEngine) else self.engine
+        inner.halted = True
+        return sum(1 for _ in self._running)
 
     def close(self) -> None:
         close = getattr(self._running, "close", None)
@@ -93,6 +96,8 @@ class LiveSession:
         engine.identity()  # names the model, or says why it cannot, before anything is asked
         self._loop = asyncio.new_event_loop()
         self._todo: asyncio.Queue[tuple[Hashable, str | None, Request] | None] = asyncio.Queue()
+        self._fresh: deque[tuple[Hashable, str | None, Request]] = deque()  # on the way to the thread
+        self._woken = False
         self._job = self._loop.create_task(self._serve())
         self._thread = threading.Thread(target=self._work, name="assay-session", daemon=True)
         self._switch = sys.getswitchinterval()
@@ -111,7 +116,10 @@ class LiveSession:
             tags.append(tag)
             if len(tags) > 1:
                 return
-        self._loop.call_soon_threadsafe(self._todo.put_nowait, (tag, key, request))
+        self._fresh.append((tag, key, request))
+        if not self._woken:  # to wake the loop is a system call; one does for all that gather before it looks
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._take)
 
     def get(self) -> Answer:
         if not self._under_way:
@@ -173,8 +181,14 @@ class LiveSession:
                     self.cache.store(key, results)
                 self._inbox.put((tag, key, results))
 
+    def _take(self) -> None:
+        self._woken = False  # first, so that what comes from now on wakes the loop again
+        while self._fresh:
+            self._todo.put_nowait(self._fresh.popleft())
+
     def _stop(self) -> None:
         """Lets every worker finish what it asked and take nothing more."""
+        self._fresh.clear()
         while not self._todo.empty():
             self._todo.get_nowait()
         for _ in range(self.engine.service.concurrency):

@@ -58,6 +58,7 @@ class TransformersEngine(BaseEngine):
     name = "transformers"
     needs = "model"
     processor: Any = None  # of a vision-language model
+    batch_tokens: int | None = None  # no more prompt tokens together than these, padding included, but one prompt
 
     def __init__(
         self,
@@ -120,14 +121,24 @@ class TransformersEngine(BaseEngine):
             )
         for setting, jobs in groups.items():
             jobs.sort(key=lambda job: -len(job.ids))  # longest first: what does not fit into memory fails at once
-            for start in range(0, len(jobs), self.batch_size):
-                batch = jobs[start : start + self.batch_size]
+            for batch in self._batches(jobs):
+                if self.halted:
+                    return
                 for job, result in zip(batch, self._batch(batch, setting), strict=True):
                     done[job.request][job.sample] = result
                     missing[job.request] -= 1
                     if not missing[job.request]:
                         results: Any = done.pop(job.request)
                         yield job.request, results * (requests[job.request].n // len(results))
+
+    def _batches(self, jobs: list[_Job]) -> Iterator[list[_Job]]:
+        """`jobs`, longest first, as they go through the model together."""
+        start = 0
+        while start < len(jobs):
+            most = self.batch_size if self.batch_tokens is None else self.batch_tokens // len(jobs[start].ids)
+            batch = jobs[start : start + max(1, min(most, self.batch_size))]
+            yield batch
+            start += len(batch)
 
     def context(self) -> int:
         """Most tokens that prompt and completion have together."""

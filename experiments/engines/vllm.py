@@ -104,6 +104,8 @@ class VllmEngine(BaseEngine):
             problem = f"{TOO_LONG} of {context} tokens" if ids else "the prompt is empty"
             yield index, failed(request, f"{problem} ({len(ids)} tokens)", len(ids))
         for start in range(0, len(ready), self.chunk_size):
+            if self.halted:
+                return
             chunk = ready[start : start + self.chunk_size]
             for (index, ids, request), answer in zip(chunk, self._chunk(chunk), strict=True):
                 if isinstance(answer, str):

@@ -73,18 +73,26 @@ def _quoted(value: Any) -> str:
 
 
 _leaf = json.JSONEncoder(ensure_ascii=False).encode
+_text = json.encoder.encode_basestring  # what _leaf comes to for a text
 
 
-def indented(value: Any, level: int = 0) -> str:
-    """`json.dumps(value, ensure_ascii=False, indent=1)` for keys that are texts, which Python writes without its C
-    encoder: prompts were most of what a synthesis computed between two answers."""
+def indented(value: Any, end: str = "\n") -> str:
+    """`json.dumps(value, ensure_ascii=False, indent=1)`, which Python writes without its C encoder: prompts were
+    most of what a synthesis computed between two answers. A key that is no text stands as it is, without quotes.
+    end: of the line around `value`."""
+    if isinstance(value, str):
+        return _text(value)
     if not isinstance(value, (dict, list, tuple)) or not value:
         return _leaf(value)
-    end = "\n" + " " * level
+    start = end + " "
     if isinstance(value, dict):
-        inner = (f"{end} {_leaf(key)}: {indented(item, level + 1)}" for key, item in value.items())
+        inner = [
+            f"{start}{_text(key) if type(key) is str else _leaf(key)}: "
+            f"{_text(item) if type(item) is str else indented(item, start)}"
+            for key, item in value.items()
+        ]
         return f"{{{','.join(inner)}{end}}}"
-    return f"[{','.join(f'{end} {indented(item, level + 1)}' for item in value)}{end}]"
+    return f"[{','.join([start + indented(item, start) for item in value])}{end}]"
 
 
 def _user(text: str) -> list[dict[str, str]]:

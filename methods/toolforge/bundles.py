@@ -91,4 +91,4 @@ def retrieve(
 
 def passes(hit: Passage, support: Sequence[Passage], gate: DualGate | None) -> bool:
     """Whether a hit is a hard negative by the gate (always without one)."""
-    return gate is None or gate.judge(hit.content, [passage.content for passage in support]).accepted
+    return gate is None or gate.accepts(hit.content, [passage.content for passage in support])

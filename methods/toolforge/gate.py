@@ -57,6 +57,12 @@ class DualGate:
         embed = self.embed or lexical_vector
         return self.judge_vectors(candidate, embed(candidate), kept, [embed(text) for text in kept])
 
+    def accepts(self, candidate: str, kept: Sequence[str]) -> bool:
+        """`judge` in one bit; theta_c = -1 takes any meaning, so nothing is embedded then."""
+        if self.theta_c > -1.0 or len(kept) < max(self.free, 1):
+            return self.judge(candidate, kept).accepted
+        return not self._wording(similarity(candidate, kept))
+
     def judge_vectors(
         self, candidate: str, vector: Sequence[float], kept: Sequence[str], vectors: Sequence[Sequence[float]]
     ) -> Verdict:
@@ -65,11 +71,11 @@ class DualGate:
             return Verdict(True)
         cos = sum(cosine(vector, other) for other in vectors) / len(vectors)
         found = similarity(candidate, kept)
-        text = sum(found) / len(found)
-        if not cos > self.theta_c:
-            return Verdict(False, cos, text, "meaning too far")
-        if not text < self.theta_b:
-            return Verdict(False, cos, text, "wording too near")
-        if self.theta_max is not None and max(found) > self.theta_max:
-            return Verdict(False, cos, text, "a copy of a kept one")
-        return Verdict(True, cos, text)
+        reason = self._wording(found) if cos > self.theta_c else "meaning too far"
+        return Verdict(not reason, cos, sum(found) / len(found), reason)
+
+    def _wording(self, found: Sequence[float]) -> str:
+        """What is wrong with a candidate's similarities in wording to the kept texts, or an empty text."""
+        if not sum(found) / len(found) < self.theta_b:
+            return "wording too near"
+        return "a copy of a kept one" if self.theta_max is not None and max(found) > self.theta_max else ""

@@ -159,6 +159,14 @@ def keywords(question: str, text: str = "", without: str = "", most: int = 5) ->
     return sorted(found, key=lambda word: word not in shared)[:most]
 
 
+def _telling(known: Iterable[str]) -> set[str]:
+    """Those of the words that a tool is known by which tell something."""
+    return set(known) - _STOP | ({"he", "she"} & set(known))
+
+
+_KNOWN = {name: _telling(domain.keywords) for name, domain in DOMAINS.items()}
+
+
 def domain_of(text: str, bank: Bank) -> str:
     """The specialist tool whose domain shares most words with a text; the general one if none shares any."""
     counts = Counter(words(text))
@@ -166,9 +174,9 @@ def domain_of(text: str, bank: Bank) -> str:
     for name, variants in bank.tools.items():
         if name == bank.general:
             continue
-        known = DOMAINS[name].keywords if name in DOMAINS else words(variants[0]["description"])
+        known = _KNOWN[name] if name in _KNOWN else _telling(words(variants[0]["description"]))
         # Diminishing returns: a text that says `film` five times is no more about films than one that says it twice.
-        score = sum(min(counts[word], 2) for word in set(known) - _STOP | ({"he", "she"} & set(known)))
+        score = sum(min(counts[word], 2) for word in known & counts.keys())
         if score > most:
             best, most = name, score
     return best or (bank.general if bank.general in bank.tools else next(iter(bank.tools)))

@@ -16,9 +16,24 @@ _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
 
 
+# The passages of an item come by again and again: in searches, gates, rules and the judge. A few hundred items' worth.
+_remembered = functools.lru_cache(maxsize=4096)
+
+
 def words(text: str) -> list[str]:
     """Lower-case words; every Chinese, Japanese or Korean character is a word."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    return list(_words(text))
+
+
+@_remembered
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).lower()))
+
+
+@_remembered
+def _counted(text: str) -> Counter[str]:
+    """How often each word occurs; for reading only."""
+    return Counter(_words(text))
 
 
 class Bm25:
@@ -32,20 +47,17 @@ class Bm25:
 
     def __init__(self, texts: Sequence[str], split: Callable[[str], list[str]] = words) -> None:
         self.split = split
-        self.counts = [Counter(split(text)) for text in texts]
-        self.lengths = [sum(counts.values()) for counts in self.counts]
-        self.mean = sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
-        self.df = Counter(word for counts in self.counts for word in counts)
+        self.counts = [_counted(text) if split is words else Counter(split(text)) for text in texts]
+        self.saturation = _saturation(self.counts)
 
     def scores(self, query: str) -> list[float]:
         n, found = len(self.counts), [0.0] * len(self.counts)
         for word in self.split(query):
-            if word not in self.df:
-                continue
-            idf = math.log(1 + (n - self.df[word] + 0.5) / (self.df[word] + 0.5))
-            for i, counts in enumerate(self.counts):
-                if tf := counts[word]:
-                    found[i] += idf * tf / (tf + K1 * (1 - B + B * self.lengths[i] / self.mean))
+            hits = [(i, tf) for i, counts in enumerate(self.counts) if (tf := counts.get(word))]
+            if hits:
+                idf = _idf(n, len(hits))
+                for i, tf in hits:
+                    found[i] += idf * tf / (tf + self.saturation[i])
         return found
 
     def top(self, query: str, k: int) -> list[int]:
@@ -53,6 +65,17 @@ class Bm25:
         scores = self.scores(query)
         order = sorted(range(len(scores)), key=lambda i: -scores[i])
         return [i for i in order[: max(k, 0)] if scores[i] > 0]
+
+
+def _saturation(counts: Sequence[Counter[str]]) -> list[float]:
+    """k1 (1 - b + b |d| / mean |d|) of each text."""
+    lengths = [sum(found.values()) for found in counts]
+    mean = sum(lengths) / len(lengths) if any(lengths) else 1.0
+    return [K1 * (1 - B + B * length / mean) for length in lengths]
+
+
+def _idf(n: int, df: int) -> float:
+    return math.log(1 + (n - df + 0.5) / (df + 0.5))
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
@@ -66,9 +89,22 @@ def cosine(a: Sequence[float], b: Sequence[float]) -> float:
 def similarity(candidate: str, kept: Sequence[str]) -> list[float]:
     """Wording in common with each kept text, in [0, 1]: BM25(candidate, kept text) / BM25(candidate, itself) in the
     collection of the kept texts and the candidate, clipped. A text without words has 0 in common with anything."""
-    scores = Bm25([*kept, candidate]).scores(candidate)
-    own = scores.pop()
-    return [min(1.0, score / own) if own else 0.0 for score in scores]
+    *others, own = counts = [_counted(text) for text in (*kept, candidate)]
+    *saturation, own_saturation = _saturation(counts)
+    shared = {word for other in others for word in own.keys() & other.keys()}
+    rare = _idf(len(counts), 1)
+    scores, total = [0.0] * len(others), 0.0
+    for word in _words(candidate):
+        tf = own[word]
+        if word not in shared:
+            total += rare * tf / (tf + own_saturation)
+            continue
+        hits = [(i, other[word]) for i, other in enumerate(others) if word in other]
+        idf = _idf(len(counts), len(hits) + 1)
+        total += idf * tf / (tf + own_saturation)
+        for i, found in hits:
+            scores[i] += idf * found / (found + saturation[i])
+    return [min(1.0, score / total) if total else 0.0 for score in scores]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -81,6 +117,7 @@ def lexical_vector(text: str, size: int = 256) -> tuple[float, ...]:
     return tuple(vector)
 
 
+@_remembered
 def folded(text: str, ascii_only: bool = False) -> str:
     """Letters and digits alone, lower case. `ascii_only` as in the first release: any other letter is dropped."""
     if ascii_only:

@@ -498,6 +498,20 @@ def test_sampled_text_does_not_depend_on_the_batch(tiny):
     assert wide == narrow
 
 
+def test_a_batch_has_no_more_prompt_tokens_than_allowed(tiny, monkeypatch):
+    from experiments.engines.transformers import TransformersEngine
+
+    engine = TransformersEngine(*tiny, batch_size=3)
+    engine.batch_tokens = 12
+    sizes, batch = [], engine._batch
+    monkeypatch.setattr(engine, "_batch", lambda jobs, *more: sizes.append(len(jobs)) or batch(jobs, *more))
+    asks = [Request(prompt="a" * k, max_tokens=2, seed=k) for k in (20, 6, 5, 4, 3, 2, 1)]
+    found = engine.generate(asks)
+    assert sizes == [1, 2, 3, 1]  # 20; 6 + 5, padded 12; 4 + 3 + 2, padded 12; 1
+    engine.batch_tokens = None
+    assert engine.generate(asks) == found and sizes[4:] == [3, 3, 1]
+
+
 def test_a_prompt_is_read_once_for_all_its_samples(tiny, monkeypatch):
     import torch
 

@@ -119,9 +119,13 @@ def endpoint():
     server.wait()
 
 
+# With as many under way as the server admits, each place stands empty until its next request has come.
+BUSY = pytest.mark.parametrize(("concurrency", "least"), [(32, 0.8), (64, 0.95)])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("concurrency", [32, 64])
-def test_judging_keeps_an_endpoint_busy(endpoint, concurrency):
+@BUSY
+def test_judging_keeps_an_endpoint_busy(endpoint, concurrency, least):
     from experiments.engines.openai import OpenAIEngine
     from experiments.judging import run as running
     from experiments.judging.judges import Direct
@@ -134,12 +138,12 @@ def test_judging_keeps_an_endpoint_busy(endpoint, concurrency):
     found = list(running.in_order(Direct(engine, max_tokens=64), questions(items, 0, "pairs", "seeded")))
     seconds, used = time.monotonic() - began, time.process_time() - used
     print(f"{concurrency} under way: {share():.3f} of the endpoint's capacity, with {used / seconds:.2f} of a core")
-    assert len(found) == 1920 and share() >= 0.95
+    assert len(found) == 1920 and share() >= least
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("concurrency", [32, 64])
-def test_synthesis_keeps_an_endpoint_busy(endpoint, concurrency, tmp_path, monkeypatch):
+@BUSY
+def test_synthesis_keeps_an_endpoint_busy(endpoint, concurrency, least, tmp_path, monkeypatch):
     """Beside its own work on each answer, which is several times that of the request. The last triples of the window
     leave slots empty, so there are many."""
     sys.path.insert(0, __file__.rpartition("/")[0])
@@ -157,4 +161,4 @@ def test_synthesis_keeps_an_endpoint_busy(endpoint, concurrency, tmp_path, monke
     synthesis.run(compose("synth_data", line))
     seconds, used = time.monotonic() - began, time.process_time() - used
     print(f"{concurrency} under way: {share():.3f} of the endpoint's capacity, with {used / seconds:.2f} of a core")
-    assert share() >= 0.95
+    assert share() >= least

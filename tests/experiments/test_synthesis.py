@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -96,20 +98,22 @@ def scripted(body: dict) -> str:
             calls = [call(others["wrong"][0], c["query"]) for c in planned[number - 1]]
         if mistake == "general":
             calls = [call(others["general"], "all of it")]
-        named = ", ".join({c["name"] for turn in turns for c in turn["calls"]} | {"query"})
+        named = ", ".join(sorted({c["name"] for turn in turns for c in turn["calls"]} | {"query"}))
         turns.append({"think": f"Not {named}; now this.", "calls": calls})
     answer = json.loads(re.search(r"answer with exactly: (.*)$", prompt, re.MULTILINE)[1])
     return json.dumps({"turns": [*turns, {"think": "So it is.", "answer": answer}]})
 
 
 class Endpoint(ThreadingHTTPServer):
-    """`fault(body, number of times it was asked)` may answer (status, headers, bytes), "drop", "cut" or "hang"."""
+    """`fault(body, number of times it was asked)` may answer (status, headers, bytes), "drop", "cut" or "hang".
+    `log` gets a line for every answer that has left."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0, log: TextIO | None = None) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.log = log
         self.asked: dict[str, int] = {}
         self.answered: dict[str, int] = {}
         self.fault = lambda body, count: None
@@ -158,6 +162,10 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.answered[key] = self.server.answered.get(key, 0) + 1
         self.reply(*(verdict or (200, {}, data)))
+        if self.server.log is not None:
+            with self.server.lock:
+                self.server.log.write(hashlib.sha256(raw).hexdigest() + "\n")
+                self.server.log.flush()
 
     def reply(self, status: int, headers: dict, data: bytes) -> None:
         with contextlib.suppress(OSError):
@@ -259,18 +267,36 @@ def test_all_stages_by_an_endpoint_and_its_cost(job, endpoint):
     assert "US dollars" in summary(folder)
 
 
-def test_a_model_in_this_process_is_asked(job, tmp_path):
-    """It writes nonsense, which the rules count; the job itself runs."""
+def test_a_model_in_this_process_is_asked(job, tmp_path, monkeypatch, capfd):
+    """It writes nonsense, which the rules count; the job itself runs, says how far it is, and keeps every batch."""
+    from experiments.engines import progress, transformers
     from experiments.models import Tiny
     from experiments.tokenizers import tiny_tokenizer
 
     tokenizer = tiny_tokenizer(chat=True)
     Tiny(chat=True, warm_start=None, max_length=8192).new(tokenizer, 0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(RunError, match="cannot be read"):
-        job(f"input={write_triples(tmp_path / 'one.jsonl', 1)}", "engine=transformers", "model=hf",
-            f"model.path={tmp_path / 'model'}", "max_tokens=4", "tries=1", "stages.write=template",
-            "stages.judge=template")  # fmt: skip
+    monkeypatch.setattr(progress.progress_bar.__wrapped__, "__defaults__", (0.0, "requests", str))
+    words = [f"input={write_triples(tmp_path / 'three.jsonl', 3)}", "engine=transformers", "model=hf",
+             f"model.path={tmp_path / 'model'}", "max_tokens=4", "tries=1", "stages.write=template",
+             "stages.judge=template", "batch_tokens=2000"]  # fmt: skip
+    batch, calls = transformers.TransformersEngine._batch, []
+
+    def dies_at_the_third(self, jobs, setting):
+        calls.append(len(jobs))
+        if len(calls) == 3:
+            raise OSError("killed")
+        return batch(self, jobs, setting)
+
+    monkeypatch.setattr(transformers.TransformersEngine, "_batch", dies_at_the_third)
+    with pytest.raises(OSError, match="killed"):
+        job(*words)
+    assert "0/3 triples" in (said := capfd.readouterr().err) and ", 2 answers" in said
+    with pytest.raises(RunError, match="cannot be read: 3"):
+        job(*words)
+    assert calls == [1, 1, 1, 1]  # two answers were on disk
+    found = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert found["conversations"] == 0 and found["rejections"] == {"label: the engine's answer cannot be read": 3}
 
 
 # ---------------------------------------------------------------- going on
@@ -380,6 +406,63 @@ def test_no_answer_is_paid_twice(tmp_path, endpoint, number):
     assert twice <= (8 * kills if number == signal.SIGKILL else 0), twice
 
 
+def serve(tmp_path, log, port=0):
+    """An endpoint in a process of its own, and its port."""
+    code = (
+        "import sys, threading; sys.path.insert(0, sys.argv[1]); import test_synthesis as t\n"
+        "server = t.Endpoint(int(sys.argv[3]), open(sys.argv[2], 'a')); server.delay = 0.1\n"
+        "print(server.server_port, flush=True); threading.Event().wait()"
+    )
+    line = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / log), str(port)]
+    server = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    return server, int(server.stdout.readline())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempts", [2, 30], ids=["stops and is started again", "waits"])
+def test_a_server_that_is_killed_and_started_again(tmp_path, attempts):
+    """Whether the job ends meanwhile or not: the files of an uninterrupted one, and no answer that came is asked for
+    again."""
+    write_triples(tmp_path / "triples.jsonl")
+
+    def words(port):
+        return ["engine=openai", f"engine.url=http://127.0.0.1:{port}/v1", "engine.model=fake", "engine.backoff=0.1",
+                "engine.concurrency=4", "stages.plan=template", "window=16", f"engine.attempts={attempts}"]  # fmt: skip
+
+    def answered(log):
+        return (tmp_path / log).read_text().split()
+
+    server, port = serve(tmp_path, "whole.log")
+    done = start(tmp_path, words(port), "whole")
+    assert done.wait(300) == 0, done.stderr.read()
+    server.kill()
+    server, port = serve(tmp_path, "cut.log")
+    running = start(tmp_path, words(port), "cut")
+    while len(answered("cut.log")) < 20 and running.poll() is None:
+        time.sleep(0.01)
+    server.kill()
+    server.wait()
+    before = len(answered("cut.log"))
+    if attempts == 2:
+        assert running.wait(300) == 1 and "endpoint does not answer" in running.stderr.read()
+    else:
+        time.sleep(2.0)
+        assert running.poll() is None
+    server, _ = serve(tmp_path, "cut.log", port)
+    if attempts == 2:
+        running = start(tmp_path, words(port), "cut")
+    assert running.wait(300) == 0, running.stderr.read()
+    server.kill()
+    server.wait()
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    needed, got = answered("whole.log"), answered("cut.log")
+    assert 20 <= before < len(needed) and len(set(got)) == len(got) and set(got) <= set(needed)
+    shards = (tmp_path / "cache-cut").rglob("requests/*/*.jsonl")
+    assert sum(len(shard.read_bytes().splitlines()) for shard in shards) == len(needed)
+    print(f"{before} of {len(needed)} answers before the kill, {len(got) - before} after it, none twice")
+
+
 # ---------------------------------------------------------------- an endpoint that misbehaves
 
 FAULTS = {
@@ -455,6 +538,41 @@ def test_a_session_over_an_engine_that_answers_lists():
     got = dict([first, session.get(), session.get(), session.get()])
     assert {tag: r[0].text for tag, r in got.items()} == {c: c * 2 for c in "abcd"}
     assert session.drain() == 0
+    session.close()
+
+
+def test_a_stop_keeps_the_rest_of_a_batch_and_begins_no_other(tmp_path):
+    from experiments.engines.cache import CachedEngine
+    from experiments.engines.session import open_session
+    from experiments.engines.transformers import TransformersEngine
+    from experiments.models import Tiny
+    from experiments.tokenizers import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    engine = TransformersEngine(Tiny(warm_start=None, max_length=16).new(tokenizer, 0), tokenizer, batch_size=3)
+    session = open_session(CachedEngine(engine, tmp_path))
+    for k in range(7):
+        session.submit(k, Request(prompt="ab=", max_tokens=2, seed=k))
+    session.get()
+    assert session.drain() == 2
+    session.close()
+    assert sum(len(shard.read_bytes().splitlines()) for shard in tmp_path.glob("*.jsonl")) == 3
+
+
+def test_a_live_session_wakes_its_loop_once_for_all_that_gathers(endpoint, monkeypatch):
+    from experiments.engines.openai import OpenAIEngine
+    from experiments.engines.session import LiveSession
+
+    monkeypatch.setitem(globals(), "scripted", lambda body: body["messages"][0]["content"].upper())
+    session, woken = LiveSession(OpenAIEngine(f"http://127.0.0.1:{endpoint.server_port}/v1", "fake")), []
+    for words, wakes in (("abc", 1), ("d", 2)):  # after a look it is woken again
+        with monkeypatch.context() as patch:
+            patch.setattr(session._loop, "call_soon_threadsafe", woken.append)
+            for word in words:
+                session.submit(word, Request(prompt=word))
+        assert len(woken) == wakes
+        session._loop.call_soon_threadsafe(woken[-1])
+        assert {tag: r[0].text for tag, r in (session.get() for _ in words)} == {c: c.upper() for c in words}
     session.close()
 
 

@@ -84,6 +84,29 @@ def test_norm_zero_and_texts_without_words():
     assert cosine((0, 0), (1, 0)) == 0 and similarity("?!", ["a b"]) == [0.0] and sum(lexical_vector("")) <= 2
 
 
+TEXTS = st.text("abcdé ", max_size=12).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TEXTS, st.lists(TEXTS, min_size=1, max_size=5))
+def test_similarity_is_the_ratio_of_bm25_scores(candidate, kept):
+    *scores, own = Bm25([*kept, candidate]).scores(candidate)
+    assert similarity(candidate, kept) == [min(1.0, score / own) if own else 0.0 for score in scores]
+
+
+@settings(max_examples=60, deadline=None)
+@given(TEXTS, st.lists(TEXTS, max_size=4), st.sampled_from([-1.0, 0.4]), st.sampled_from([0, 2]))
+def test_accepting_is_the_verdict_in_one_bit(candidate, kept, theta_c, free):
+    gate = DualGate(theta_c, 0.5, 0.8, free=free)
+    assert gate.accepts(candidate, kept) == gate.judge(candidate, kept).accepted
+
+
+def test_any_meaning_needs_no_embedding():
+    asked = []
+    gate = DualGate(-1.0, 0.6, embed=lambda text: asked.append(text) or (1.0,), free=0)
+    assert gate.accepts("find a person", KEPT) and not asked
+
+
 def test_role_patterns():
     lengths = {name: len(SHAPES[name].roles) for name in ("A1", "A4", "C1", "C9", "D2", "D10")}
     assert lengths == {"A1": 5, "A4": 11, "C1": 7, "C9": 13, "D2": 5, "D10": 13}
