@@ -189,8 +189,8 @@ def _hops(record: Mapping[str, Any], places: Mapping[int, Sequence[int]]) -> tup
     steps = _parsed(record.get("decomposition") or record.get("question_decomposition")) or []
     found = []
     for step in steps if isinstance(steps, list) else []:
-        at = step.get("paragraph_support_idx") if isinstance(step, Mapping) else None
-        gold = places.get(at) if isinstance(at, int) else None
+        at: Any = step.get("paragraph_support_idx") if isinstance(step, Mapping) else None
+        gold = places.get(at)
         if not gold:
             return ()
         found.append(Hop(_line(step.get("question")), _line(step.get("answer")), tuple(gold)))
