@@ -226,10 +226,13 @@ def _room(level: int, scale: Scale) -> int:
     return int(scale.interval(level)[1] * PAGE + 1e-9)
 
 
-def _needed(page: str, asked: str, scale: Scale) -> int:
-    places = [i for i, p in enumerate(pairs(page)) if key(p) == asked]
-    levels = range(1, scale.top + 1)
-    return next((k for k in levels if places and _room(k, scale) > places[-1]), scale.top if places else 1)
+@functools.lru_cache(maxsize=4096)
+def _wanted(page: str, asked: str, scale: Scale) -> tuple[int, frozenset[str]]:
+    """l* of a page, and its asked pairs."""
+    places = {i: p for i, p in enumerate(pairs(page)) if key(p) == asked}
+    last, levels = max(places, default=-1), range(1, scale.top + 1)
+    level = next((k for k in levels if _room(k, scale) > last), scale.top) if places else 1
+    return level, frozenset(places.values())
 
 
 @functools.lru_cache(maxsize=4096)  # the rollouts of a group often write the same of the same page
@@ -237,11 +240,10 @@ def _quality(text: str, level: int, written: str, key_asked: str, scale: Scale) 
     page, kept = pairs(text), TOKEN.findall(written)
     if not page:
         return NOTHING | {"relevance": 0.0}
-    asked = {p for p in page if key(p) == key_asked}
+    needed, asked = _wanted(text, key_asked, scale)
     info = len(asked & set(kept)) / len(asked) if asked else max(0.0, 1 - len(kept) / len(page))
     sem = sum(p in page for p in kept) / len(kept) if kept else 1.0
     ratio = scale.fit(len(kept) / len(page), level, len(page))
-    needed = _needed(text, key_asked, scale)
     fit = agreement(level, needed, scale.top)
     return scale.combine(ratio, fit, info, sem) | {"relevance": float(needed)}
 
@@ -293,7 +295,7 @@ class PairForm:
 
     def needed(self, document: Document) -> int:
         """l*."""
-        return _needed(document.text, self.row.meta["asked"], self.scale)
+        return _wanted(document.text, self.row.meta["asked"], self.scale)[0]
 
     def room(self, level: int) -> int:
         return _room(level, self.scale)

@@ -189,7 +189,7 @@ class Loop:
             given.setdefault(zipped.id, zipped)  # the first counts
         kept, judged = [], []
         for d in e.documents:
-            zipped = given.pop(d.id, Zip(d.id, 0, ""))
+            zipped = given.pop(d.id, None) or Zip(d.id, 0, "")
             if self.compression == "uniform" and zipped.level:
                 zipped = replace(zipped, level=self.level)
             good = 1 <= zipped.level <= 5
@@ -197,8 +197,9 @@ class Loop:
             kept.append(zipped if good and zipped.text else Zip(d.id, 1, ""))
         n = len(kept)
         scores, length = turn.scores, e.form.length
+        mean = judged[0] if n == 1 else {part: sum([q[part] for q in judged]) / n for part, _ in SCORES}
         for part, name in SCORES:
-            scores[name] = sum([q[part] for q in judged]) / n
+            scores[name] = mean[part]
         scores["level"] = sum([z.level for z in kept]) / n
         scores["source"] = sum([length(d.text) for d in e.documents])
         scores["kept"] = sum([length(z.text) for z in kept])
