@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 ROLES = ("system", "user", "assistant", "tool")
+SHORT = 10_000  # characters of a call
 PRINTABLE = (*map(chr, range(32, 127)), "\n")
 
 # Prefix-preserving, ends every turn with eos and marks the assistant's tokens.
@@ -152,6 +153,17 @@ def chat_ids(messages: Sequence[Mapping], tokenizer: Any) -> list[int]:
     )
     # The template has written the special tokens already; a second BOS would shift every position.
     return list(tokenizer(text + (begun or ""), add_special_tokens=False)["input_ids"])
+
+
+def plain_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """`tokenizer(texts)["input_ids"]`, but short texts one by one: a batch wakes threads, which takes longer than they
+    save, several times so on a busy machine."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    # Padding and the like stay set in the core from one call to the next; the call itself puts them right.
+    plain = core and not (core.padding or core.truncation or core.encode_special_tokens)
+    if not plain or tokenizer.split_special_tokens or sum(map(len, texts)) > SHORT:
+        return tokenizer(texts)["input_ids"]
+    return [core.encode(text).ids for text in texts]
 
 
 def plain_text(prompt: str | Sequence[Mapping]) -> str | None:

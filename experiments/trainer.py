@@ -29,7 +29,7 @@ from experiments.recorder import AfterStep
 from experiments.seeds import derive
 from experiments.services import TrainingServices
 from experiments.team import ALONE, Team, all_weights
-from experiments.tokenizers import chat_ids, prefilled
+from experiments.tokenizers import chat_ids, plain_ids, prefilled
 from experiments.trl_check import require_trl
 from methods.base import Batch, ConfigError, Context, LossContext, Trajectory, assemble
 from methods.stack import Stack
@@ -166,7 +166,10 @@ class AssayTrainer(GRPOTrainer):
 
     def tokenize(self, prompts) -> list[list[int]]:
         """Prompt ids as in training: chat template for a chat model, plain text otherwise."""
-        return self._tokenize_prompts([self.wrap_prompt(p) for p in prompts])[0]
+        prompts = [self.wrap_prompt(p) for p in prompts]
+        if self.processing_class is self._tokenizer and all(isinstance(p, str) for p in prompts):
+            return plain_ids(prompts, self._tokenizer)
+        return self._tokenize_prompts(prompts)[0]
 
     def default_rollout(self, rows, slots: Sequence[int] | None = None) -> list[Trajectory]:
         """One generation per row; row i fills slot `slots[i]` (default i), slot j is sample j % G of group j // G."""

@@ -221,6 +221,33 @@ class Archive:
         return _text(_page(meta["asked"], False, rng)) + "o" + rng.choice(ENTITIES)
 
 
+def _room(level: int, scale: Scale) -> int:
+    """Pairs of a page that a level permits at most."""
+    return int(scale.interval(level)[1] * PAGE + 1e-9)
+
+
+@functools.lru_cache(maxsize=4096)
+def _wanted(page: str, asked: str, scale: Scale) -> tuple[int, frozenset[str]]:
+    """l* of a page, and its asked pairs."""
+    places = {i: p for i, p in enumerate(pairs(page)) if key(p) == asked}
+    last, levels = max(places, default=-1), range(1, scale.top + 1)
+    level = next((k for k in levels if _room(k, scale) > last), scale.top) if places else 1
+    return level, frozenset(places.values())
+
+
+@functools.lru_cache(maxsize=4096)  # the rollouts of a group often write the same of the same page
+def _quality(text: str, level: int, written: str, key_asked: str, scale: Scale) -> Mapping[str, float]:
+    page, kept = pairs(text), TOKEN.findall(written)
+    if not page:
+        return NOTHING | {"relevance": 0.0}
+    needed, asked = _wanted(text, key_asked, scale)
+    info = len(asked & set(kept)) / len(asked) if asked else max(0.0, 1 - len(kept) / len(page))
+    sem = sum(p in page for p in kept) / len(kept) if kept else 1.0
+    ratio = scale.fit(len(kept) / len(page), level, len(page))
+    fit = agreement(level, needed, scale.top)
+    return scale.combine(ratio, fit, info, sem) | {"relevance": float(needed)}
+
+
 @dataclass
 class PairForm:
     """The language of the archive, and a symbolic Q_com in which question and page say what is relevant.
@@ -268,13 +295,10 @@ class PairForm:
 
     def needed(self, document: Document) -> int:
         """l*."""
-        asked = [i for i, p in enumerate(pairs(document.text)) if key(p) == self.row.meta["asked"]]
-        levels = range(1, self.scale.top + 1)
-        return next((k for k in levels if asked and self.room(k) > asked[-1]), self.scale.top if asked else 1)
+        return _wanted(document.text, self.row.meta["asked"], self.scale)[0]
 
     def room(self, level: int) -> int:
-        """Pairs of a page that a level permits at most."""
-        return int(self.scale.interval(level)[1] * PAGE + 1e-9)
+        return _room(level, self.scale)
 
     def recall(self, memory: Sequence[Entry], page: Document | None = None) -> str:
         """The answer as far as it is in memory, or on the page."""
@@ -283,16 +307,7 @@ class PairForm:
         return f"!{asked}" + next((p for text in texts for p in pairs(text) if key(p) == asked), UNKNOWN)
 
     def quality(self, document: Document, zipped: Zip) -> dict[str, float]:
-        page, kept = pairs(document.text), TOKEN.findall(zipped.text)
-        if not page:
-            return NOTHING | {"relevance": 0.0}
-        asked = {p for p in page if key(p) == self.row.meta["asked"]}
-        info = len(asked & set(kept)) / len(asked) if asked else max(0.0, 1 - len(kept) / len(page))
-        sem = sum(p in page for p in kept) / len(kept) if kept else 1.0
-        ratio = self.scale.fit(len(kept) / len(page), zipped.level, len(page))
-        needed = self.needed(document)
-        fit = agreement(zipped.level, needed, self.scale.top)
-        return self.scale.combine(ratio, fit, info, sem) | {"relevance": float(needed)}
+        return dict(_quality(document.text, zipped.level, zipped.text, self.row.meta["asked"], self.scale))
 
     def coarser(self, zipped: Zip) -> Zip:
         kept = pairs(zipped.text)

@@ -15,6 +15,7 @@ from methods.ziprl.quality import NOTHING, PARTS
 
 IDLE_TURNS = 2  # turns in a row without an action that end an episode
 ERROR_CHARACTERS = 200
+SCORES = tuple((part, f"q_{part}") for part in (*PARTS, "relevance"))  # of a zip, and the turn's name for it
 
 
 @dataclass
@@ -156,8 +157,9 @@ class Loop:
         turn = Turn(len(e.segments) - 1, 0, len(wrote), "invalid")
         e.turns.append(turn)
         zips = self._zips(e, written, turn)
-        turn.scores |= e.events
-        e.events.clear()
+        if e.events:
+            turn.scores |= e.events
+            e.events.clear()
         finishes = written.action is not None and written.action[0] == "finish"
         if finishes or last:
             turn.kind = "forced" if last else "answer"
@@ -187,20 +189,21 @@ class Loop:
             given.setdefault(zipped.id, zipped)  # the first counts
         kept, judged = [], []
         for d in e.documents:
-            zipped = given.pop(d.id, Zip(d.id, 0, ""))
+            zipped = given.pop(d.id, None) or Zip(d.id, 0, "")
             if self.compression == "uniform" and zipped.level:
                 zipped = replace(zipped, level=self.level)
             good = 1 <= zipped.level <= 5
             judged.append(e.form.quality(d, zipped) if good else NOTHING | {"relevance": float("nan")})
             kept.append(zipped if good and zipped.text else Zip(d.id, 1, ""))
         n = len(kept)
-        turn.scores |= {f"q_{part}": sum(q[part] for q in judged) / n for part in (*PARTS, "relevance")}
-        turn.scores |= {
-            "level": sum(z.level for z in kept) / n,
-            "source": sum(e.form.length(d.text) for d in e.documents),
-            "kept": sum(e.form.length(z.text) for z in kept),
-            "unknown_zips": len(given),
-        }
+        scores, length = turn.scores, e.form.length
+        mean = judged[0] if n == 1 else {part: sum([q[part] for q in judged]) / n for part, _ in SCORES}
+        for part, name in SCORES:
+            scores[name] = mean[part]
+        scores["level"] = sum([z.level for z in kept]) / n
+        scores["source"] = sum([length(d.text) for d in e.documents])
+        scores["kept"] = sum([length(z.text) for z in kept])
+        scores["unknown_zips"] = len(given)
         return kept
 
     # ---- tools ----

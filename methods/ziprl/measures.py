@@ -11,7 +11,8 @@ from methods.base import Trajectory
 from methods.ziprl.quality import PARTS
 
 QUALITY = "q_com"  # among the scores of a turn that zipped something
-OVERFLOWS = ("overflow_cut", "overflow_dropped", "overflow_document")
+QUALITIES = {f"quality_{part}": f"q_{part}" for part in PARTS[:4]}
+OVERFLOWS = dict.fromkeys(("overflow_cut", "overflow_dropped", "overflow_document")).keys()  # in this order
 NAN = float("nan")
 
 
@@ -32,8 +33,9 @@ def of_trajectory(traj: Trajectory) -> dict[str, float]:
         "level": mean([s["level"] for s in zipped]),
         "unknown_zips": float(sum(s["unknown_zips"] for s in zipped)),
     }
-    values |= {f"quality_{part}": mean([s[f"q_{part}"] for s in zipped]) for part in PARTS[:4]}
-    return values | {name: float(sum(t.scores.get(name, 0.0) for t in traj.turns)) for name in OVERFLOWS}
+    values |= {name: mean([s[score] for s in zipped]) for name, score in QUALITIES.items()}
+    over = [t.scores for t in traj.turns if not OVERFLOWS.isdisjoint(t.scores)]  # mostly none
+    return values | {name: float(sum(s.get(name, 0) for s in over)) for name in OVERFLOWS}
 
 
 def of_batch(trajs: Sequence[Trajectory]) -> dict[str, float]:
@@ -50,15 +52,23 @@ def of_batch(trajs: Sequence[Trajectory]) -> dict[str, float]:
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's rho over the pairs without NaN; NaN where one side does not vary."""
-    from scipy.stats import rankdata
-
-    pairs = np.array([(x, y) for x, y in zip(a, b, strict=True) if not math.isnan(x) and not math.isnan(y)])
-    if len(pairs) < 2 or (pairs.std(axis=0) == 0).any():
+    pairs = np.array([a, b], dtype=float)
+    pairs = pairs[:, ~np.isnan(pairs).any(axis=0)]
+    if pairs.shape[1] < 2 or (pairs.std(axis=1) == 0).any():
         return NAN
-    return float(np.corrcoef(rankdata(pairs[:, 0]), rankdata(pairs[:, 1]))[0, 1])
+    return float(np.corrcoef(_ranks(pairs[0]), _ranks(pairs[1]))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """1 to n; equal values share the mean of their places. As scipy's rankdata, without loading scipy in a step."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
 def mean(values: Sequence[float]) -> float:
     """Mean of what is not NaN; NaN where nothing is left."""
+    total = sum(values)
+    if not math.isnan(total):
+        return total / len(values) if values else NAN
     known = [v for v in values if not math.isnan(v)]
     return sum(known) / len(known) if known else NAN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -20,6 +21,8 @@ KEYWORDS = 10
 STOPS = """a an the of in on at to for from by with and or but is are was were be been it its this that these those as
 into than then he she they his her their there which who whom whose what when where how"""
 STOP_WORDS = frozenset(STOPS.split())
+# What is known of a document: the rollouts of a group often see the same ones.
+cached = functools.lru_cache(maxsize=512)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,13 @@ def content(text: str) -> list[str]:
     return [w for w in words(text) if w not in STOP_WORDS]
 
 
+@cached
+def size(text: str) -> tuple[int, int]:
+    """Words and sentences."""
+    return len(words(text)), len(sentences(text))
+
+
+@cached
 def relevance(document: str, question: str) -> float | None:
     """Share of the question's distinct content words found in the document; None for a question without any."""
     asked = set(content(question))
@@ -135,6 +145,11 @@ def keywords(document: str, question: str) -> list[str]:
     return sorted(count, key=lambda w: (w not in asked, -count[w]))
 
 
+@cached
+def _ranked(document: str, question: str) -> tuple[str, ...]:
+    return tuple(keywords(document, question))
+
+
 def quality(document: str, text: str, level: int, question: str = "", scale: Scale | None = None) -> dict[str, float]:
     """Q_com and its parts, each in [0, 1], for the zip `text` of `document` at `level`.
 
@@ -152,12 +167,11 @@ def quality(document: str, text: str, level: int, question: str = "", scale: Sca
     words leaves the density alone as the level part; a document of stop words only has lost no information.
     """
     scale = scale or Scale()
-    source, kept = words(document), words(text)
+    (source, n), kept = size(document), words(text)
     if not source or not kept or not 1 <= level <= scale.top:
         return dict(NOTHING)
     lo, hi = scale.interval(level)
-    ratio = scale.fit(len(kept) / len(source), level, len(source))
-    n = len(sentences(document))
+    ratio = scale.fit(len(kept) / source, level, source)
     density = math.exp(-gap(min(1.0, len(sentences(text)) / n), lo, max(hi, 1 / n)) / DENSITY_SOFTNESS)
     rho = relevance(document, question)
     fit = density if rho is None else 0.5 * density + 0.5 * agreement(level, asked_level(rho, scale.top), scale.top)
@@ -165,7 +179,7 @@ def quality(document: str, text: str, level: int, question: str = "", scale: Sca
 
 
 def _information(document: str, kept: list[str], hi: float, question: str) -> float:
-    ranked = keywords(document, question)
+    ranked = _ranked(document, question)
     if not ranked:
         return 1.0
     held = set(kept)

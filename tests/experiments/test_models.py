@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from experiments import artefacts
 from experiments.models import HF, SmolLM2, Tiny, WarmStart, export, find_init
-from experiments.tokenizers import PRINTABLE, tiny_tokenizer
+from experiments.tokenizers import PRINTABLE, SHORT, plain_ids, tiny_tokenizer
 from methods.errors import ConfigError
 
 SMALL = {"hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "feed_forward": 16}
@@ -85,6 +86,20 @@ def test_the_longest_symbol_wins_and_the_rest_is_unknown():
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("aab+11\né")["input_ids"])
     assert tokens == ["a", "ab", "+1", "1", "\n", "<unk>"]
     assert tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("before", [{}, {"padding": True}, {"truncation": True, "max_length": 2}])
+@pytest.mark.parametrize("split", [False, True])
+def test_plain_ids_are_the_tokenizers_own_whatever_it_was_asked_before(before, split):
+    tokenizer = tiny_tokenizer()
+    tokenizer.split_special_tokens = split
+    tokenizer.add_special_tokens({"bos_token": "^"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="^ $A", special_tokens=[("^", 7)])
+    texts = ["12+3=", "", "<eos>é", "7" * 40]
+    tokenizer(texts, **before)
+    assert plain_ids(texts, tokenizer) == tokenizer(texts)["input_ids"] == plain_ids(texts, tokenizer)
+    long = ["1+" * SHORT, "3"]
+    assert plain_ids(long, tokenizer) == tokenizer(long)["input_ids"]
 
 
 @pytest.mark.parametrize("symbols", [(), ("a", "a"), ("",), ("a", "<eos>")])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 
 from experiments.services import Services
 from experiments.tools import SEARCH, Tools
@@ -356,3 +357,10 @@ def test_evaluation_leaves_the_method_as_it_is(play):
 def test_level_follows_relevance_in_the_metrics():
     assert measures.rank_correlation([1, 2, 3, 5], [0.1, 0.2, 0.5, 0.9]) == pytest.approx(1)
     assert math.isnan(measures.rank_correlation([3, 3], [0.1, 0.2])) and math.isnan(measures.rank_correlation([1], [1]))
+    draw = np.random.default_rng(0)
+    for n in (2, 3, 50):
+        a, b = draw.integers(1, 6, n).astype(float), draw.choice([0.0, 0.25, 0.5, NAN], n)
+        there = ~np.isnan(b)
+        ranks = [rankdata(x[there]) for x in (a, b)]
+        plain = float(np.corrcoef(*ranks)[0, 1]) if all(len(set(r)) > 1 for r in ranks) else NAN
+        assert repr(measures.rank_correlation(a.tolist(), b.tolist())) == repr(plain)
