@@ -107,9 +107,8 @@ class Job:
     def _sae(self) -> Any:
         if self.cfg.sae.path is not None:
             return fitted(read_sae(self.cfg.sae.path), self.loaded.model)
-        settings = SAETraining(**{k: v for k, v in self.cfg.sae.items() if k not in ("path", "train")})
-        examples = [*self.data.source_examples, *(e for one in self.data.domains.values() for e in one)]
-        texts = [f"{e.prompt}\n{e.answer}" if e.prompt else e.answer for e in examples]
+        settings = SAETraining(**{k: v for k, v in self.cfg.sae.items() if k not in ("path", "train", "characters")})
+        texts = self.data.texts(self.cfg.sae.characters)
         with StopSignals() as stop:
             return trained_sae(self.loaded, Texts(texts, self.loaded.tokenizer, settings.context), settings, stop)
 
