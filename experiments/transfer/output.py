@@ -67,6 +67,7 @@ def rows(scored: Scored, seed: int, rank: str) -> list[dict[str, Any]]:
         if scored.true_latents is not None:
             row["tuned"] = float(part["mean"][scored.true_latents].sum())
         row |= {"texts": len(part["tokens"]), "tokens": int(part["tokens"].sum()), "skipped": info["skipped"]}
+        row["left_out"] = info["left_out"]
         found.append(row | ((scored.changes or {}).get(name) or {}))
     by = rank if rank in found[0] else "act"  # a fine-tune that shifts nothing has no `tuned`
     return sorted(found, key=lambda row: (-row[by], row["domain"]))
@@ -159,6 +160,8 @@ def _markdown(
         f"make on {facts['source_tokens']} tokens. Scores are comparable across the domains of this table only, and "
         "say how much a domain will change, never in which direction. Intervals: texts resampled."
     )
+    if left := facts["left_out"] + sum(row["left_out"] for row in table):
+        lines.append(f"Left out as attention sinks (score.longest): {left} tokens.")
     header = ["domain", "STS_act", "STS_ICL", "released", "cosine", "random latents"]
     header += ["sts_sup"] * (scored.suppressed is not None) + ["tuned latents"] * (scored.true_latents is not None)
     header += ["texts", "tokens"]

@@ -61,6 +61,8 @@ def check(cfg: DictConfig) -> None:
         if value is not None:
             check_range(key, value, least)
     check_range("score.share", cfg.score.share, 0, 1, above=True)
+    if cfg.score.longest is not None:
+        check_range("score.longest", cfg.score.longest, 1, above=True)
     check_range("sft.learning_rate", cfg.sft.learning_rate, 0)
     if cfg.score.rank not in RANKS:
         raise ConfigError("unknown score", where="score.rank", got=cfg.score.rank, expected=", ".join(RANKS))

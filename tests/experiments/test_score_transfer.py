@@ -226,6 +226,31 @@ def test_the_texts_of_an_sae_are_those_of_the_table_whatever_the_source_and_the_
     assert texts("math", 0, 60) == few and all(60 <= sum(map(len, p)) < 120 for p in per_domain.values())
 
 
+def test_attention_sinks_are_left_out(score, monkeypatch):
+    """A token a hundred times as long as the others in every text that stands alone."""
+    from experiments.capture import Capture
+
+    plain, forward = json.loads((score("score.longest=10") / "result.json").read_text()), Capture.forward
+
+    def with_sink(self, ids):
+        hidden = forward(self, ids).clone()
+        for row, one in zip(hidden, ids, strict=True):
+            if len(one) < 100:  # alone
+                row[len(one) // 2] *= 100
+        return hidden
+
+    monkeypatch.setattr(Capture, "forward", with_sink)
+    found = {
+        name: json.loads((score(f"score.longest={name}", f"name=s{name}") / "result.json").read_text())
+        for name in ("null", "9")  # not 10: parts of the cache know nothing of the planted sink
+    }
+    assert plain["left_out"] == 0 and found["null"]["left_out"] == 0 and found["9"]["left_out"] > 0
+    delta = {name: sum(f["delta"]) / f["concentration"] for name, f in {**found, "plain": plain}.items()}
+    assert delta["null"] > 20 * delta["plain"] and delta["9"] == pytest.approx(delta["plain"], rel=0.5)
+    food = found["9"]["scores"]["food"]
+    assert food["left_out"] == food["texts"] and food["tokens"] == plain["scores"]["food"]["tokens"] - food["texts"]
+
+
 def test_one_domain_has_a_score_and_no_correlation(score, tmp_path):
     given = write_rows(tmp_path / "given.jsonl", [{"domain": "food", "before": 0.5, "after": 0.4}])
     folder = score("domains.only=[math,food]", f"changes={given}")
@@ -241,6 +266,7 @@ def test_one_domain_has_a_score_and_no_correlation(score, tmp_path):
         (["domains.path=/nowhere.jsonl"], "No such data file"),
         (["score.demos=0"], "score.demos"),
         (["score.share=nan"], "score.share"),
+        (["score.longest=1"], "score.longest"),
         (["score.rank=best"], "act, icl"),
         (["score.rank=tuned"], "measure=true"),
         (["sae.path=null"], "sae.train=true"),
