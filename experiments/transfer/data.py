@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,13 +133,28 @@ class Data:
         texts += [[name, e.prompt, e.answer] for name, examples in self.domains.items() for e in examples]
         return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
 
+    def texts(self, characters: int | None = None) -> list[str]:
+        """All texts, of each domain those up to `characters`, in an order that neither seed nor source changes.
+
+        So runs with other seeds or another source among the same domains share one SAE. The order is that of hashes.
+        """
+        found = []
+        for _, examples in sorted({**self.domains, self.source: self.source_examples}.items()):
+            texts = {f"{e.prompt}\n{e.answer}" if e.prompt else e.answer for e in examples}
+            left = math.inf if characters is None else characters
+            for text in sorted(texts, key=lambda t: hashlib.blake2b(t.encode("utf-8", "surrogatepass")).digest()):
+                if left > 0:
+                    found.append(text)
+                    left -= len(text)
+        return found
+
 
 def read(domains: Domains, source: Any, piece: int, seed: int) -> Data:
     """Read source and domains, plain texts in pieces of `piece` characters.
 
-    `source.domain` names one of the domains (and takes it out of them), `source.path` a table with columns of its own
-    (`source.prompt_column` and so on). DataError for a source or domains that cannot be read, ConfigError for a source
-    that is not named once.
+    `source.domain` names one of the domains (and takes it out of them); of a list, the seed takes one: seed k the
+    entry k modulo the length. `source.path` is a table with columns of its own (`source.prompt_column` and so on).
+    DataError for a source or domains that cannot be read, ConfigError for a source that is not named once.
     """
     if (source.domain is None) == (source.path is None):
         raise ConfigError(
@@ -149,15 +165,8 @@ def read(domains: Domains, source: Any, piece: int, seed: int) -> Data:
         )
     by_domain = domains.read()
     if source.domain is not None:
-        if source.domain not in by_domain:
-            raise ConfigError(
-                "The source is none of the domains",
-                where="source.domain",
-                got=source.domain,
-                expected=", ".join(by_domain),
-                fix=nearest(str(source.domain), by_domain) or "choose one of these, or give source.path=FILE",
-            )
-        name, examples = str(source.domain), by_domain.pop(source.domain)
+        name = chosen(plain(source.domain), by_domain, seed)
+        examples = by_domain.pop(name)
     else:
         name, columns = str(source.path), ("prompt_column", "answer_column", "text_column")
         table = Domains(name, **{column: source[column] for column in columns})
@@ -166,6 +175,21 @@ def read(domains: Domains, source: Any, piece: int, seed: int) -> Data:
         raise DataError("There is no domain to score", where=domains.path, expected="at least one beside the source")
     ordered = {n: shuffled(cut(e, piece), seed, "transfer", n) for n, e in by_domain.items()}
     return Data(name, shuffled(cut(examples, piece), seed, "transfer", name), ordered)
+
+
+def chosen(wanted: str | list[str], by_domain: Mapping[str, Any], seed: int) -> str:
+    """The source domain of this seed. ConfigError if one of those that are named is no domain, or none is named."""
+    names = wanted if isinstance(wanted, list) else [wanted]
+    for name in names or [""]:
+        if name not in by_domain:
+            raise ConfigError(
+                "The source is none of the domains",
+                where="source.domain",
+                got=name,
+                expected=", ".join(by_domain),
+                fix=nearest(str(name), by_domain) or "choose one of these, or give source.path=FILE",
+            )
+    return str(names[seed % len(names)])
 
 
 def cut(examples: Sequence[Example], characters: int) -> list[Example]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 OF_OUTPUT = ("batch_tokens", "rank", "suppressed")  # keys that change no part
-RECIPE = 2  # of parts: raise it when the code makes others from the same key
+RECIPE = 3  # of parts: raise it when the code makes others from the same key
 
 
 class Job:
@@ -74,7 +74,7 @@ class Job:
         found = self._sae()
         scorer = Scorer(
             self.loaded, found.sae, self.seed, cfg.source_demos, cfg.source_tokens, cfg.demos, cfg.tokens, cfg.context,
-            cfg.batch_tokens,
+            cfg.batch_tokens, cfg.longest,
         )  # fmt: skip
         self.made_from = {
             "recipe": RECIPE, "data": self.data.digest, "seed": self.seed, "model": weights_digest(self.loaded.model),
@@ -95,7 +95,8 @@ class Job:
                 progress(1)
         facts = {
             "model": self.loaded.name, "source": self.data.source, "seed": self.seed, "demos": cfg.source_demos,
-            "source_tokens": int(source["tokens"][0]), "alignment": "same tokens", "positions": "query and answer",
+            "source_tokens": int(source["tokens"][0]), "left_out": int(source["left_out"][0]),
+            "alignment": "same tokens", "positions": "query and answer",
             "sae": {"name": found.path.name, "layer": found.sae.layer, "latents": found.sae.latents,
                     "architecture": found.sae.architecture, "quality": found.metadata.get("quality") or {}},
             "warnings": [*warnings(found.metadata.get("quality") or {}), *_about_positions(self.loaded.model)],
@@ -107,9 +108,8 @@ class Job:
     def _sae(self) -> Any:
         if self.cfg.sae.path is not None:
             return fitted(read_sae(self.cfg.sae.path), self.loaded.model)
-        settings = SAETraining(**{k: v for k, v in self.cfg.sae.items() if k not in ("path", "train")})
-        examples = [*self.data.source_examples, *(e for one in self.data.domains.values() for e in one)]
-        texts = [f"{e.prompt}\n{e.answer}" if e.prompt else e.answer for e in examples]
+        settings = SAETraining(**{k: v for k, v in self.cfg.sae.items() if k not in ("path", "train", "characters")})
+        texts = self.data.texts(self.cfg.sae.characters)
         with StopSignals() as stop:
             return trained_sae(self.loaded, Texts(texts, self.loaded.tokenizer, settings.context), settings, stop)
 
@@ -167,7 +167,7 @@ class Job:
         """Fine-tunes the model in place, once; the source's vectors before that go to `base_T`."""
         if base_T:
             return
-        base_T += [v.z_Td for v in scorer.capture.read(self._source_passages(scorer))]
+        base_T += scorer.capture.read(self._source_passages(scorer))
         fine_tune(self.loaded, self.data.source_examples, self.cfg.sft, self.path / "sft", self.seed, self.device)
         self.loaded.model.eval()
 
@@ -176,8 +176,9 @@ class Job:
         self._tune(scorer, base_T)
         sums = PairSums()
         capture = Capture(self.loaded.model, scorer.capture.layer, scorer.batch_tokens)
-        for z_Td, vectors in zip(base_T, capture.read(self._source_passages(scorer)), strict=True):
-            sums.add(scorer.features(z_Td), scorer.features(vectors.z_Td))
+        for base, tuned in zip(base_T, capture.read(self._source_passages(scorer)), strict=True):
+            keep_T = scorer.usual(base) & scorer.usual(tuned)
+            sums.add(scorer.features(base.z_Td[keep_T]), scorer.features(tuned.z_Td[keep_T]))
         return {"delta": sums.delta_s.cpu().numpy()}
 
     def _source_passages(self, scorer: Scorer) -> list[Any]:

@@ -44,7 +44,10 @@ class Scored:
 
 
 def rows(scored: Scored, seed: int, rank: str) -> list[dict[str, Any]]:
-    """One row per domain, the highest `rank` first: scores with intervals over texts, baselines, measured changes."""
+    """One row per domain, the highest `rank` first: scores with intervals over texts, baselines, measured changes.
+
+    `tuned` is STS_act with the latents that the fine-tune shifted most: no prediction, it needs the fine-tune.
+    """
     live = np.flatnonzero(sum(part["mean"] for part, _ in scored.domains.values()) > 0)
     rng = np.random.default_rng(derive(seed, "transfer", "random latents"))
     size = min(len(scored.selection.latents), len(live))
@@ -61,9 +64,13 @@ def rows(scored: Scored, seed: int, rank: str) -> list[dict[str, Any]]:
         if scored.suppressed is not None:
             scale = np.where(rms_s > 0, rms_s, 1.0)[scored.suppressed]
             row["sts_sup"] = float((part["mean"][scored.suppressed] / scale).sum())
+        if scored.true_latents is not None:
+            row["tuned"] = float(part["mean"][scored.true_latents].sum())
         row |= {"texts": len(part["tokens"]), "tokens": int(part["tokens"].sum()), "skipped": info["skipped"]}
+        row["left_out"] = info["left_out"]
         found.append(row | ((scored.changes or {}).get(name) or {}))
-    return sorted(found, key=lambda row: (-row[rank], row["domain"]))
+    by = rank if rank in found[0] else "act"  # a fine-tune that shifts nothing has no `tuned`
+    return sorted(found, key=lambda row: (-row[by], row["domain"]))
 
 
 def intervals(part: dict[str, np.ndarray], clusters: Sequence[int]) -> list[stats.Interval]:
@@ -82,7 +89,7 @@ def _known(x: float) -> float | None:
 
 def validation(table: Sequence[dict[str, Any]], extremes: int | None) -> dict[str, Correlation]:
     """Each score and baseline against the size of the change, over all domains (`extremes`: labelled)."""
-    names = [k for k in ("act", "icl", "released", "cosine", "random", "sts_sup") if k in table[0]]
+    names = [k for k in ("act", "icl", "released", "cosine", "random", "sts_sup", "tuned") if k in table[0]]
     changes = [row["change"] for row in table]
     return {name: correlate([row[name] for row in table], changes, extremes_only=extremes) for name in names}
 
@@ -130,10 +137,9 @@ def figures_of(folder: Path, rank: str) -> dict[str, float]:
     found = {"eval/latents": float(result["N"]), "eval/share": result["concentration"]}
     for name, check in result["validation"].items():
         found |= {f"eval/r/{name}": check["r"], f"eval/spearman/{name}": check["spearman"]}
-    if rank in result["validation"]:
-        found |= (
-            {"eval/score": found[f"eval/r/{rank}"], "eval/overlap": result["overlap"]} if "overlap" in result else {}
-        )
+    if rank in result["validation"] and "overlap" in result:
+        found |= {"eval/score": found[f"eval/r/{rank}"], "eval/spearman": found[f"eval/spearman/{rank}"]}
+        found["eval/overlap"] = result["overlap"]
     return {name: math.nan if value is None else value for name, value in found.items()}
 
 
@@ -154,15 +160,18 @@ def _markdown(
         f"make on {facts['source_tokens']} tokens. Scores are comparable across the domains of this table only, and "
         "say how much a domain will change, never in which direction. Intervals: texts resampled."
     )
+    if left := facts["left_out"] + sum(row["left_out"] for row in table):
+        lines.append(f"Left out as attention sinks (score.longest): {left} tokens.")
     header = ["domain", "STS_act", "STS_ICL", "released", "cosine", "random latents"]
-    header += ["sts_sup"] * (scored.suppressed is not None) + ["texts", "tokens"]
+    header += ["sts_sup"] * (scored.suppressed is not None) + ["tuned latents"] * (scored.true_latents is not None)
+    header += ["texts", "tokens"]
     header += [f"change of {scored.measured}", "note"] if scored.changes else []
     header += ["examples to add"] if advice is not None else []
     body = []
     for k, row in enumerate(table):
         cells = [row["domain"], *(_with_interval(row, key) for key in ("act", "icl", "released"))]
         cells += [number(row["cosine"]), number(row["random"])]
-        cells += [number(row["sts_sup"])] if scored.suppressed is not None else []
+        cells += [number(row[key]) for key in ("sts_sup", "tuned") if key in row]
         cells += [str(row["texts"]), str(row["tokens"])]
         cells += [_change(row), row.get("note") or ""] if scored.changes else []
         body.append(cells + ([str(advice[k])] if advice is not None else []))

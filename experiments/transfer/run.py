@@ -13,11 +13,11 @@ from methods.errors import ConfigError, check_range
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-RANKS = ("act", "icl", "cosine", "random")
+RANKS = ("act", "icl", "released", "cosine", "random", "tuned")
 SETTINGS = {  # key: the least value
     "score.source_demos": 1, "score.source_tokens": 1, "score.demos": 1, "score.tokens": 1, "score.latents": 1,
-    "score.context": 8, "score.piece": 40, "score.batch_tokens": 1, "sft.rows": 1, "sft.items": 1, "mixture.budget": 1,
-    "extremes": 1,
+    "score.context": 8, "score.piece": 40, "score.batch_tokens": 1, "sae.characters": 1, "sft.rows": 1, "sft.items": 1,
+    "mixture.budget": 1, "extremes": 1,
 }  # fmt: skip
 
 
@@ -61,9 +61,13 @@ def check(cfg: DictConfig) -> None:
         if value is not None:
             check_range(key, value, least)
     check_range("score.share", cfg.score.share, 0, 1, above=True)
+    if cfg.score.longest is not None:
+        check_range("score.longest", cfg.score.longest, 1, above=True)
     check_range("sft.learning_rate", cfg.sft.learning_rate, 0)
     if cfg.score.rank not in RANKS:
         raise ConfigError("unknown score", where="score.rank", got=cfg.score.rank, expected=", ".join(RANKS))
+    if cfg.score.rank == "tuned" and not cfg.measure:
+        raise ConfigError("The rank 'tuned' needs the fine-tune", where="score.rank", fix="add measure=true")
     if cfg.measure and cfg.changes:
         raise ConfigError("Changes are either given or measured", where="changes", fix="leave out changes or measure")
     if cfg.extremes and not (cfg.measure or cfg.changes):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from experiments.artefacts import cache_root, digest
-from experiments.capture import Capture, Passage
+from experiments.capture import Capture, Passage, Vectors
 from experiments.files import os_errors, replace
 from experiments.passages import MOST_SKIPPED, Prompter
 from experiments.transfer.data import Example
@@ -45,9 +45,11 @@ class Scorer:
     tokens: int = 10_000
     context: int | None = None
     batch_tokens: int = 4096
+    longest: float | None = None  # leave out tokens whose vector is longer than so many times their text's median
     read: int = field(default=0, init=False)  # tokens that went through the model, demonstrations included
     seconds: float = field(default=0.0, init=False)  # that this took, features included
     skipped: int = field(default=0, init=False)  # texts of the last domain that did not fit
+    left_out: int = field(default=0, init=False)  # tokens of the last domain or source that were too long
 
     def __post_init__(self) -> None:
         assert self.sae.layer is not None
@@ -105,7 +107,8 @@ class Scorer:
             "suppressed": found.suppressed_s,
             "mean": found.base.mean_s,
         }
-        return {name: value.cpu().numpy() for name, value in tensors.items()} | {"tokens": np.array([found.tokens])}
+        counts = {"tokens": np.array([found.tokens]), "left_out": np.array([self.left_out])}
+        return {name: value.cpu().numpy() for name, value in tensors.items()} | counts
 
     def domain(self, examples: Sequence[Example], selected: dict[str, list[int]]) -> dict[str, np.ndarray]:
         """Step 2 on a domain: per text (N) sums over tokens of sum_{j in D} h_j, of squares, of squared shifts, for
@@ -134,15 +137,33 @@ class Scorer:
         self, pairs: Sequence[tuple[Example, Passage, Passage]]
     ) -> Iterator[tuple[np.ndarray, Any, Any, Any]]:
         """(row_T, base (T, s), context (T, s), offset_T) per batch; `offset_T` is the token's place in its text."""
-        began = time.monotonic()
+        began, self.left_out = time.monotonic(), 0
         self.read += sum(len(p.ids) for _, *both in pairs for p in both)
         for base, context in self.capture.read_pairs((b, c) for _, b, c in pairs):
             row_T = base.row_T.cpu().numpy()
             starts = np.flatnonzero(np.r_[True, row_T[1:] != row_T[:-1]])
             lengths = np.diff(np.r_[starts, len(row_T)])
             offset_T = np.arange(len(row_T)) - np.repeat(starts, lengths)
-            yield row_T, self.features(base.z_Td), self.features(context.z_Td), offset_T
+            keep_T = self.usual(base) & self.usual(context)
+            self.left_out += int((~keep_T).sum())
+            kept = keep_T.cpu().numpy()
+            features = (self.features(vectors.z_Td[keep_T]) for vectors in (base, context))
+            yield row_T[kept], *features, offset_T[kept]
         self.seconds += time.monotonic() - began
+
+    def usual(self, vectors: Vectors) -> torch.Tensor:
+        """(T,) which tokens are no attention sinks: their vectors are not `longest` times as long as the text's median.
+
+        Models put sinks on the first token of some texts; with demonstrations in front the same token is none. One of
+        2,077 tokens (smollm2, math_word; its vector 80 times as long as the others) made 96 % of the squared shift.
+        """
+        length_T = vectors.z_Td.float().norm(dim=1)
+        keep_T = torch.ones_like(length_T, dtype=torch.bool)
+        if self.longest is not None:
+            for row in vectors.row_T.unique().tolist():
+                of_text_T = vectors.row_T == row
+                keep_T[of_text_T] = length_T[of_text_T] <= self.longest * length_T[of_text_T].median()
+        return keep_T
 
     def features(self, z_Td: torch.Tensor) -> torch.Tensor:
         """(T, s) features of residual vectors."""
@@ -153,6 +174,7 @@ class Scorer:
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """`domain` with, per text, which text of the table it is a piece of, and per latent the texts to be shown."""
         part = self.domain(examples, latents)
+        left_out = self.left_out
         pairs = self.pairs(examples, self.demos, self.tokens)
         texts = [query.id.partition(",")[0] for query, _, _ in pairs]
         numbers = {text: k for k, text in enumerate(dict.fromkeys(texts))}
@@ -164,7 +186,8 @@ class Scorer:
             ]
             for d in range(part["best"].shape[1])
         ]
-        return part, {"skipped": self.skipped, "clusters": [numbers[text] for text in texts], "shown": shown}
+        info = {"skipped": self.skipped, "left_out": left_out}
+        return part, {**info, "clusters": [numbers[text] for text in texts], "shown": shown}
 
     def _snippet(self, passage: Passage, place: int) -> dict[str, str]:
         ids, decode = passage.counted, self.loaded.tokenizer.decode

@@ -124,11 +124,16 @@ def source_examples(language: Language, source: str, rng: np.random.Generator, c
     return language.examples(source, a, b, PLUS5)
 
 
-def accuracies(model: Any, language: Language, variant: int = PLAIN) -> dict[str, float]:
-    """Share of each domain's hundred questions answered under `variant` without demonstrations (both digits)."""
+def accuracies(
+    model: Any, language: Language, variant: int = PLAIN, places: np.ndarray | slice = slice(None)
+) -> dict[str, float]:
+    """Share of each domain's questions answered under `variant` without demonstrations (both digits).
+
+    `places`: which of the hundred questions.
+    """
     import torch
 
-    a, b = all_pairs()
+    a, b = (values[places] for values in all_pairs())
     ids = np.concatenate([language.queries(language.examples(name, a, b, variant)) for name in NAMES])
     with torch.no_grad():
         guess = model(input_ids=torch.from_numpy(ids)).logits[:, ANSWER.start : ANSWER.stop].argmax(-1).numpy()

@@ -155,7 +155,7 @@ class Measurement:
     def source(self, source: str, before: dict[str, float]) -> dict[str, Tensor]:
         """Shifts by demonstrations and by the fine-tune, accuracies after it, and what zeroing latents costs."""
         s, rng, language = self.settings, self.rng("source", source), self.language
-        queries = source_examples(language, source, rng, s.queries)
+        queries = self.source_queries(source, rng)
         alone = language.queries(queries)
         behind = language.queries(queries, source_examples(language, source, rng, s.demos))
         a, b = rng.integers(10, size=(2, s.demos))
@@ -176,27 +176,35 @@ class Measurement:
         found |= self.tuned(source, alone, before)
         return found | {"ablation": self.ablation(source, found["delta"], before[source])}
 
+    def source_queries(self, source: str, rng: np.random.Generator | None = None) -> np.ndarray:
+        """The source's questions with their new answers, on which every shift is measured."""
+        return source_examples(self.language, source, rng or self.rng("source", source), self.settings.queries)
+
     def tuned(self, source: str, alone: np.ndarray, before: dict[str, float]) -> dict[str, Tensor]:
         """After fine-tuning, mean over the repeats: shifts of the same queries, changes, what was learned."""
         s, language = self.settings, self.language
-        rows: dict[str, list[Tensor]] = {}
+        rows: list[dict[str, Tensor]] = []
         for repeat in range(s.tuning.repeats):
             examples = source_examples(language, source, self.rng("tuning", source, repeat), s.tuning.examples)
             seed = derive(self.seed, "digit_world", "tuning", source, repeat) % 2**31
             model = fine_tune(self.loaded, language.queries(examples), seed, s.tuning, self.scratch)
-            after = accuracies(model, language)
-            found = {
-                "true_delta": self.reader().pairs(alone, alone, self.reader(model=model)).delta_s,
-                "raw_true_delta": self.reader("raw").pairs(alone, alone, self.reader("raw", model)).delta_s,
-                "untrained_true_delta": self.reader("untrained")
-                .pairs(alone, alone, self.reader("untrained", model))
-                .delta_s,
-                "change": torch.tensor([after[name] - before[name] for name in NAMES]),
-                "learned": torch.tensor(accuracies(model, language, PLUS5)[source]),
-            }
-            for name, value in found.items():
-                rows.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean(0) for name, values in rows.items()}
+            rows.append(self.effects(source, model, alone, before))
+        return mean_of(rows)
+
+    def effects(self, source: str, model: Any, alone: np.ndarray, before: dict[str, float]) -> dict[str, Tensor]:
+        """What training that ended in `model` did: shifts of the source's queries, changes, what was learned."""
+        after = accuracies(model, self.language)
+
+        def shifts(kind: str) -> Tensor:
+            return self.reader(kind).pairs(alone, alone, self.reader(kind, model)).delta_s
+
+        return {
+            "true_delta": shifts("sae"),
+            "raw_true_delta": shifts("raw"),
+            "untrained_true_delta": shifts("untrained"),
+            "change": torch.tensor([after[name] - before[name] for name in NAMES]),
+            "learned": torch.tensor(accuracies(model, self.language, PLUS5)[source]),
+        }
 
     def ablation(self, source: str, delta_s: Tensor, before: float) -> Tensor:
         """(3,) accuracy on the source's plain questions: as it is, without D_N, without as many random live latents."""
@@ -213,6 +221,11 @@ class Measurement:
     def _accuracy_without(self, source: str, latents: Sequence[int]) -> float:
         with edited(self.loaded.model, self.settings.layer, lambda z: self.sae.ablate(z, latents)):
             return accuracies(self.loaded.model, self.language)[source]
+
+
+def mean_of(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of the same tensors measured several times, the mean of each."""
+    return {name: torch.stack([row[name] for row in rows]).mean(0) for name in rows[0]}
 
 
 def untrained(sae: SAE, seed: int) -> SAE:

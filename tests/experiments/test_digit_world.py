@@ -119,3 +119,117 @@ def test_the_whole_measurement_on_a_hardly_trained_model(tmp_path, monkeypatch):
     assert len(frame) == 2 and frame["share"].between(0, 1).all() and frame["fvu"].iloc[0] > 0
     again = StsTiny(**{**vars(study), "score": "act"}).simulate(0)
     assert again.equals(frame)
+
+
+class Table(torch.nn.Module):
+    """A model that reads nothing but the place: logits `weight` (place, vocabulary)."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.weight[: input_ids.shape[1]].expand(len(input_ids), -1, -1))
+
+
+def test_own_answers_are_the_likeliest_digits_each_behind_those_before(language):
+    class Next:
+        """Says the token after the one it reads: `=` gives `=` + 1, then + 2."""
+
+        def __call__(self, input_ids):
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids + 1, 60).float())
+
+    from experiments.transfer.world_mixture import own_answers
+
+    rows = own_answers(Next(), language, "copy", np.array([12, 99]))
+    assert (rows[:, 4] == language.equals + 1).all() and (rows[:, 5] == language.equals + 2).all()
+    asked = language.examples("copy", np.array([1, 9]), np.array([2, 9]))
+    assert (rows[:, :4] == asked[:, :4]).all() and (rows[:, 6] == language.end).all()
+
+
+def test_mixtures_share_one_budget_and_the_worst_is_the_advice_upside_down():
+    from experiments.studies.sts_mixture import MIXTURES, StsMixture
+
+    found = made_up()
+    counts = {m: StsMixture(mixture=m, budget=50).counts(found, 1, "plus1", 0) for m in MIXTURES}
+    source = NAMES.index("plus1")
+    assert all(sum(c) == (0 if m == "none" else 50) and c[source] == 0 for m, c in counts.items())
+    top = found["delta"][1].argsort(descending=True)[:16]
+    others = [i for i in range(14) if i != source]
+    scores = found["mean"][others][:, top].sum(1)
+    order = [others[i] for i in scores.argsort().tolist()]
+    advised, worst = ([counts[m][i] for i in order] for m in ("advised", "worst"))
+    assert advised == sorted(advised) and worst == advised[::-1] and advised != worst
+    moved = [others[i] for i in found["change"][1][others].abs().argsort().tolist()]
+    assert [counts["measured"][i] for i in moved] == sorted(counts["measured"][i] for i in moved)
+    assert max(counts["uniform"]) - min(counts["uniform"][i] for i in others) == 1
+    with pytest.raises(ConfigError, match="none, uniform"):
+        StsMixture(mixture="best")
+
+
+def test_training_and_measuring_questions_are_apart(language, monkeypatch):
+    """Every example of a mixture is of the training half, and accuracy is over the other one."""
+    from experiments.transfer import world_mixture
+    from experiments.transfer.world_model import Tuning
+
+    halves, seen = world_mixture.Halves.of(3), {}
+
+    def keep(loaded, rows, seed, settings, folder):
+        seen["rows"] = rows
+        return loaded.model
+
+    def measured(model, language, variant, places):
+        seen.setdefault("places", []).append(places)
+        return dict.fromkeys(NAMES, 1.0)
+
+    monkeypatch.setattr(world_mixture, "fine_tune", keep)
+    monkeypatch.setattr(world_mixture, "accuracies", measured)
+    loaded = SimpleNamespace(model=Table(torch.zeros(20, 60)))
+    counts = [60 if name == "swap" else 0 for name in NAMES]
+    world_mixture.after_mixture(loaded, language, "copy", counts, 3, Tuning())
+    rows = seen["rows"]
+    digit = {int(v): k for k, v in enumerate(language.digit_D)}
+    asked = [10 * digit[int(a)] + digit[int(b)] for a, b in rows[:, 2:4]]
+    assert len(rows) == 260 and set(asked) <= set(halves.train.tolist())
+    assert (rows[:, 1] == language.operator["swap"]).sum() == 60
+    assert not set(halves.train) & set(halves.test) and all((p == halves.test).all() for p in seen["places"])
+
+
+def test_group_advantages_are_relative_to_the_group():
+    from experiments.transfer.world_rl import group_advantages
+
+    found = group_advantages(torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1]), 4)
+    assert found[:4].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-3) and found[4:].abs().max() == 0
+
+
+def test_grpo_makes_rewarded_answers_likelier_and_leaves_the_model_as_it_was(language, monkeypatch):
+    from experiments.transfer import world_rl
+
+    row = language.examples("copy", np.array([1]), np.array([2]), PLUS5)
+    monkeypatch.setattr(world_rl, "source_examples", lambda language, source, rng, count: row.repeat(count, axis=0))
+    start = torch.zeros(8, 60)
+    for place in (5, 6):  # of the answer; what stands there is predicted one place before
+        start[place - 1, row[0, place - 1]] = 3.0
+    model = Table(start.clone())
+    tuned = world_rl.reinforce(model, language, "copy", 0, world_rl.Reinforcing(steps=40, learning_rate=0.1))
+    chance = [tuned.weight[p - 1].softmax(-1)[row[0, p - 1]].item() for p in (5, 6)]
+    assert min(chance) > 0.9 and torch.equal(model.weight, start)
+    again = world_rl.reinforce(model, language, "copy", 0, world_rl.Reinforcing(steps=40, learning_rate=0.1))
+    assert torch.equal(again.weight, tuned.weight)
+
+
+def test_overlap_is_with_what_each_training_shifted():
+    from experiments.studies.sts_rl import StsRl
+
+    by_sft, by_grpo = made_up(), made_up(seed=1)
+    top = by_sft["delta"][0].argsort(descending=True)[:16]
+    by_sft["true_delta"][0, top] += 10  # the fine-tune shifts what demonstrations shift
+    by_grpo["true_delta"][0, by_sft["delta"][0].argsort()[:16]] += 10  # GRPO the opposite
+    by_grpo["change"][0] = -by_sft["mean"][:, top].sum(1)
+    sft, grpo = (StsRl(training=t).row(by_sft, by_grpo, 0, "copy") for t in ("sft", "grpo"))
+    assert sft["overlap"] == 1 and grpo["overlap"] == 0 and sft["both"] == grpo["both"] == 0
+    assert grpo["score"] == pytest.approx(1) and sft["score"] < 0.9 and sft["share"] > 0.3
+    by_grpo["true_delta"][0] *= 0
+    assert np.isnan(StsRl(training="grpo").row(by_sft, by_grpo, 0, "copy")["overlap"])
+    with pytest.raises(ConfigError, match="sft, grpo"):
+        StsRl(training="rl")

@@ -149,6 +149,12 @@ def test_measured_changes_are_validated_over_all_domains(score, tmp_path):
     assert all(abs(c) > 1e-3 for c in changes.values())
     assert result["validation"]["act"]["domains"] == 3 and result["validation_of_extremes"]["act"]["domains"] == 2
     assert 0 <= result["overlap"] <= 1 and not (folder / "sft").exists()
+    tuned = score(*words, *lora, "score.rank=tuned", "name=tuned")  # the same parts, so the same figures
+    metrics = json.loads((tuned / "summary.json").read_text())["metrics"]
+    assert metrics["eval/score"] == pytest.approx(result["validation"]["tuned"]["r"])
+    assert metrics["eval/spearman"] == pytest.approx(result["validation"]["tuned"]["spearman"])
+    order = [line.split(",")[0] for line in (tuned / "table.csv").read_text().splitlines()[1:]]
+    assert order == sorted(changes, key=lambda d: -result["scores"][d]["tuned"])
     table = (folder / "table.md").read_text()
     assert "permutation p" in table and "r is inflated" in table and (folder / "figures/transfer.svg").is_file()
     given = write_rows(tmp_path / "given.jsonl", [{"domain": d, "change": c} for d, c in changes.items()])
@@ -190,6 +196,61 @@ def test_a_source_of_its_own_has_its_own_columns(score, tmp_path):
         score(*words, "name=bad")
 
 
+def test_of_a_list_the_seed_takes_the_source(score):
+    """Seeds 0 to 3 of two sources: each in turn; a name that is none is refused whatever the seed."""
+    sources = [
+        json.loads((score("source.domain=[sea,food]", f"seed={seed}", f"name=s{seed}") / "result.json").read_text())
+        for seed in (0, 1, 2)
+    ]
+    assert [found["source"] for found in sources] == ["sea", "food", "sea"]
+    assert set(sources[1]["scores"]) == {"math", "sea", "law"}
+    with pytest.raises(ConfigError, match="none of the domains"):
+        score("source.domain=[sea,opera]", "name=bad")
+
+
+def test_the_texts_of_an_sae_are_those_of_the_table_whatever_the_source_and_the_seed(world):
+    from omegaconf import OmegaConf
+
+    from experiments.transfer.data import Domains, read
+
+    columns = {"prompt_column": "prompt", "answer_column": "answer", "text_column": "text"}
+
+    def texts(source, seed, characters=None):
+        chosen = OmegaConf.create({"domain": source, "path": None, **columns})
+        return read(Domains(str(world / "rows.jsonl")), chosen, 800, seed).texts(characters)
+
+    every = texts("math", 0)
+    assert texts("law", 3) == every and len(every) == 33
+    few = texts("sea", 1, 60)
+    per_domain = {d: [t for t in few if set(t.split()) <= set(w.split())] for d, w in WORDS.items()}
+    assert texts("math", 0, 60) == few and all(60 <= sum(map(len, p)) < 120 for p in per_domain.values())
+
+
+def test_attention_sinks_are_left_out(score, monkeypatch):
+    """A token a hundred times as long as the others in every text that stands alone."""
+    from experiments.capture import Capture
+
+    plain, forward = json.loads((score("score.longest=10") / "result.json").read_text()), Capture.forward
+
+    def with_sink(self, ids):
+        hidden = forward(self, ids).clone()
+        for row, one in zip(hidden, ids, strict=True):
+            if len(one) < 100:  # alone
+                row[len(one) // 2] *= 100
+        return hidden
+
+    monkeypatch.setattr(Capture, "forward", with_sink)
+    found = {
+        name: json.loads((score(f"score.longest={name}", f"name=s{name}") / "result.json").read_text())
+        for name in ("null", "9")  # not 10: parts of the cache know nothing of the planted sink
+    }
+    assert plain["left_out"] == 0 and found["null"]["left_out"] == 0 and found["9"]["left_out"] > 0
+    delta = {name: sum(f["delta"]) / f["concentration"] for name, f in {**found, "plain": plain}.items()}
+    assert delta["null"] > 20 * delta["plain"] and delta["9"] == pytest.approx(delta["plain"], rel=0.5)
+    food = found["9"]["scores"]["food"]
+    assert food["left_out"] == food["texts"] and food["tokens"] == plain["scores"]["food"]["tokens"] - food["texts"]
+
+
 def test_one_domain_has_a_score_and_no_correlation(score, tmp_path):
     given = write_rows(tmp_path / "given.jsonl", [{"domain": "food", "before": 0.5, "after": 0.4}])
     folder = score("domains.only=[math,food]", f"changes={given}")
@@ -205,7 +266,9 @@ def test_one_domain_has_a_score_and_no_correlation(score, tmp_path):
         (["domains.path=/nowhere.jsonl"], "No such data file"),
         (["score.demos=0"], "score.demos"),
         (["score.share=nan"], "score.share"),
+        (["score.longest=1"], "score.longest"),
         (["score.rank=best"], "act, icl"),
+        (["score.rank=tuned"], "measure=true"),
         (["sae.path=null"], "sae.train=true"),
         (["sae.path=/nowhere"], "/nowhere"),
         (["score.demos=9"], "too few texts"),
