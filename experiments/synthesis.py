@@ -67,6 +67,8 @@ def run(cfg: DictConfig) -> Path:
             forge.heard = lambda: progress(0)  # a model that takes minutes for a triple is seen to live
             progress(output.state["position"])
             _write_all(forge, sources, output, cfg, stop, progress, cost)
+        if session is not None:
+            session.drain()  # more may be under way than was wanted: it is paid for, and a larger job will ask it
         report.finish(output, cfg, total, cost(), time.monotonic() - began)
     return output.folder
 
