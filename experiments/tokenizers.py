@@ -158,7 +158,7 @@ def chat_ids(messages: Sequence[Mapping], tokenizer: Any) -> list[int]:
 def plain_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """`tokenizer(texts)["input_ids"]`, but short texts one by one: a batch wakes threads, which takes longer than they
     save, several times so on a busy machine."""
-    core = getattr(tokenizer, "backend_tokenizer", None)
+    core: Any = getattr(tokenizer, "backend_tokenizer", None)
     # Padding and the like stay set in the core from one call to the next; the call itself puts them right.
     plain = core and not (core.padding or core.truncation or core.encode_special_tokens)
     if not plain or tokenizer.split_special_tokens or sum(map(len, texts)) > SHORT:

@@ -147,8 +147,8 @@ class Scorer:
             keep_T = self.usual(base) & self.usual(context)
             self.left_out += int((~keep_T).sum())
             kept = keep_T.cpu().numpy()
-            features = (self.features(vectors.z_Td[keep_T]) for vectors in (base, context))
-            yield row_T[kept], *features, offset_T[kept]
+            base_Ts, context_Ts = (self.features(vectors.z_Td[keep_T]) for vectors in (base, context))
+            yield row_T[kept], base_Ts, context_Ts, offset_T[kept]
         self.seconds += time.monotonic() - began
 
     def usual(self, vectors: Vectors) -> torch.Tensor:
