@@ -159,7 +159,8 @@ class Scorer:
         """
         length_T = vectors.z_Td.float().norm(dim=1)
         keep_T = torch.ones_like(length_T, dtype=torch.bool)
-        if self.longest is not None:
+        # Where no token is that much longer than the shortest of all, none is than its median.
+        if self.longest is not None and len(length_T) and length_T.max() > self.longest * length_T.min():
             for row in vectors.row_T.unique().tolist():
                 of_text_T = vectors.row_T == row
                 keep_T[of_text_T] = length_T[of_text_T] <= self.longest * length_T[of_text_T].median()
