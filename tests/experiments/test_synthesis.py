@@ -245,8 +245,12 @@ def test_window_and_order_of_answers_change_nothing(job, endpoint):
 
 def test_as_many_as_wanted(job, endpoint):
     assert len(read(job("conversations=7"))) == 7
+    endpoint.fault = lambda body, count: time.sleep(0.3 if len(endpoint.asked) > 9 else 0)
     folder = job(*endpoint.words, "conversations=3", "window=256", output="paid")
+    endpoint.fault = lambda body, count: None
     assert len(read(folder)) == 3 and sum(endpoint.asked.values()) <= 2 * 2 * 3
+    spent = json.loads((folder / "cost.json").read_text())["requests"]
+    assert spent == sum(endpoint.asked.values())  # those under way when enough was kept, too
     folder = job(*endpoint.words, "conversations=29", "window=256", output="all")  # by shapes that were missing
     assert len(read(folder)) == 29 and sum(endpoint.asked.values()) <= 2 * (30 + 1)
 
