@@ -59,7 +59,7 @@ def pids(folder):
 def reach(process, folder, step):
     deadline = time.time() + 400
     while True:
-        files = list(Path(folder).rglob("metrics.jsonl"))
+        files = list(Path(folder).glob("results/raw/*/*/seed*/metrics.jsonl"))  # checkpoints come and go
         if files and len(files[0].read_bytes().splitlines()) >= step:
             return
         assert process.poll() is None and time.time() < deadline, process.communicate()[1]

@@ -74,7 +74,7 @@ def record(run):
 
 
 def steps_done(folder):
-    files = list(Path(folder).rglob("metrics.jsonl"))
+    files = list(Path(folder).glob("raw/*/*/seed*/metrics.jsonl"))  # only folders that stay: checkpoints come and go
     return len(files[0].read_bytes().splitlines()) if files else 0
 
 
