@@ -214,7 +214,8 @@ def _import(path: Path, where: str) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickle look their module up there
     try:
-        found.loader.exec_module(module)
+        # Not the loader's exec_module: its bytecode is told apart by size and whole seconds, and an edit can keep both.
+        exec(compile(content, path, "exec"), module.__dict__)
     except Exception as error:
         del sys.modules[name]
         line = error.lineno if isinstance(error, SyntaxError) else _line_in(error, path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,13 +91,16 @@ def test_none_and_nan_mean_that_a_reward_does_not_apply(tmp_path: Path, task):
     assert rewards.build(spec, task)[0].fn(["a"] * 4, task.rows("train", 0)[:4]) == [None, None, 0.5, 1.0]
 
 
-def test_files_of_one_name_and_changed_files_are_told_apart(tmp_path: Path, task):
+def test_files_of_one_name_and_changed_files_are_told_apart(tmp_path: Path, task, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     files = [user_file(tmp_path / d, f"def f(t, r):\n    return [{k}.0] * len(t)\n") for k, d in enumerate("ab")]
     rows = task.rows("train", 0)[:1]
     assert [rewards.build(rewards.from_path(f"{f}:f"), task)[0].fn(["x"], rows) for f in files] == [[0.0], [1.0]]
+    before = Path(files[0]).stat()
     user_file(tmp_path / "a", "def f(t, r):\n    return [7.0] * len(t)\n")
+    os.utime(files[0], (before.st_atime, before.st_mtime))  # an edit of the same length within one second
     assert rewards.build(rewards.from_path(f"{files[0]}:f"), task)[0].fn(["x"], rows) == [7.0]
 
 
