@@ -117,8 +117,7 @@ class ZipRl(Method):
         return {name: value for name, value in self.last.items() if not math.isnan(value)}
 
     def eval_metrics(self, trajs: list[Trajectory], ctx: Context) -> dict[str, list[float]]:
-        rows = [measures.of_trajectory(t) for t in trajs]
-        return {name: [row[name] for row in rows] for name in rows[0]}
+        return measures.of_trajectories(trajs)
 
 
 def _alive(adv_ST: Tensor, extra_ST: Tensor, group_S: Tensor) -> float:

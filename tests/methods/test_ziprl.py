@@ -148,7 +148,8 @@ def test_the_turn_cap_forces_an_answer_from_memory(play):
     assert (
         "no more turns" in agent.seen[2] and "She won" not in agent.seen[2] and traj.text == "<answer>Warsaw</answer>"
     )
-    assert measures.of_trajectory(traj) | {"finished": 0.0, "forced": 1.0} == measures.of_trajectory(traj)
+    values = measures.of_trajectories([traj])
+    assert values["finished"] == [0.0] and values["forced"] == [1.0]
 
 
 @pytest.mark.parametrize(
