@@ -12,6 +12,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from experiments.bench import Baton, configuration, our_trainer, turns
 from methods.ziprl.loop import Loop
@@ -55,16 +56,12 @@ def timed_loop(trainer, kept: list[float]):
     run = Loop.run
 
     def timed(*args) -> None:
-        stack = trainer.stack
-        start, service = time.perf_counter(), stack.service_seconds
+        start, service = time.perf_counter(), trainer.stack.service_seconds
         run(*args)
-        kept.append(time.perf_counter() - start - (stack.service_seconds - service))
+        kept.append(time.perf_counter() - start - (trainer.stack.service_seconds - service))
 
-    Loop.run = timed
-    try:
+    with mock.patch.object(Loop, "run", timed):
         yield
-    finally:
-        Loop.run = run
 
 
 if __name__ == "__main__":
