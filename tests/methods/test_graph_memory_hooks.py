@@ -213,6 +213,14 @@ def test_the_gap_leaves_unscored_rollouts_out():
     nan = math.nan
     rewards = torch.tensor([[0, 1, 1, 1], [nan, 1, 0, nan], [nan, nan, 1, 1], [1, 1, nan, nan]], dtype=torch.float32)
     assert reward_gap(rewards).tolist() == [0.5, -1.0, 0.0, 0.0]
+    assert reward_gap(torch.tensor([[1.0, 0.0, 0.5]])).tolist() == [-0.75]  # of three the first is without
+
+
+def test_a_gap_needs_two_rollouts(memory):
+    rows = [row(str(i), f"{i}+1=") for i in range(40)]
+    asked = context(objective="graph_weights", rows=rows, group=1)
+    with pytest.raises(ConfigError, match="rollouts_per_prompt"):
+        GraphMemory(memory_questions=2, weight_questions=8).prepare_rows(rows[:2], asked)
 
 
 def test_shuffled_relevance_shows_other_strategies(memory):
