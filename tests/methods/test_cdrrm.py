@@ -177,6 +177,12 @@ def test_a_pass_needs_neither_evidence_nor_severity():
     assert profile(status="pass", severity="none").findings[0].severity == 0
 
 
+def test_of_a_criterion_named_twice_the_greater_penalty_counts():
+    mild, grave = (profile(severity=k).findings[0] for k in (1, 3))
+    for findings in ((mild, grave), (grave, mild)):
+        assert list(Profile((), findings).penalties().values()) == [2.0]
+
+
 def test_the_same_diagnosis_makes_no_rubric():
     assert same_diagnosis(profile(), profile(claim="another claim"))
     assert not same_diagnosis(profile(), profile(severity=3))
