@@ -337,6 +337,15 @@ def test_the_filter_keeps_rubrics_that_recover_the_label(configured):
     assert not engine.asked  # the earlier step had asked it all
 
 
+def test_a_published_benchmark_makes_no_training_rows(configured, tmp_path):
+    words = ["benchmark=rewardbench", "benchmark.official=false", f"benchmark.path={tmp_path}/pairs.jsonl"]
+    row = {"id": 1, "subset": "mt-bench-hard", "prompt": "do 1", "chosen": "good 1", "rejected": "bad one 1"}
+    with pytest.raises(ConfigError, match="never trained on"):
+        running.run(configured(Program(), "judge.step=filter", *words, rows=[row]))
+    path = running.run(configured(Program(), "judge.step=synthesise", *words, rows=[row]))
+    assert len(lines(path / "rubrics.jsonl")) == 1
+
+
 def test_a_filter_that_keeps_nothing_says_why(configured):
     with pytest.raises(RunError, match=r"kept no rubric.*12 pairs"):
         running.run(configured(Program(first=True), "judge.step=filter"))
