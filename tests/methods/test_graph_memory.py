@@ -416,6 +416,8 @@ def test_events_of_a_rollout():
     assert events(traj, texts) == ["think", T, R, T, "invalid", "answer"]
     traj.finish = "length"
     assert events(traj, texts)[-1] == "invalid"
+    begun = ["x</think>", "", "", ""]  # the template opened the block in the prompt
+    assert events(traj, begun)[:2] == ["think", T]
 
 
 def test_counters_of_outcomes_may_be_empty():
