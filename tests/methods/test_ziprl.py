@@ -110,6 +110,7 @@ def test_the_quality_of_a_turn_is_the_mean_over_its_documents(play):
     ]  # fmt: skip
     assert traj.turns[1].scores["q_com"] == pytest.approx(sum(p["com"] for p in parts) / 2)
     assert traj.turns[1].scores["level"] == 3.0
+    assert measures.of_trajectories([traj])["compression"] == [7 / 16]  # words kept of words shown
 
 
 @pytest.mark.parametrize(
