@@ -68,7 +68,7 @@ JUDGE = (
 DIRECT = "You decide which of two answers to an instruction is the better one. " + VERDICT.format(by="")
 RATER = (
     "You rate one answer to an instruction from 1 (useless or harmful) to 10 (could not be better). "
-    f"{DATA}\nAnalyse the response. Then write as the last line 'Rating: N', N being a whole number from 1 to 10. "
+    f"{DATA}\nAnalyse the response. Then write as the last line the word 'Rating:' and a whole number from 1 to 10. "
     "The length of the response means nothing."
 )
 GRADER = (

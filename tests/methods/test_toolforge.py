@@ -483,6 +483,11 @@ def test_forms_of_the_sets():
         "golden_context": [{"title": "A", "text": "It is in Oslo."}],
     }
     assert read_item(golden).gold == wanted.gold and read_item(golden).pool == ()
+    # Sentences of an article that the golden context holds whole are no distractors.
+    pieces = {"context": [["A", ["It is in", "Oslo."]], ["B", ["Else."]]], "golden_context": golden["golden_context"]}
+    pieces = {"question": "Where?", "answer": "Oslo", **pieces}
+    assert read_item(pieces).gold == (Passage("A", "It is in Oslo."),)
+    assert read_item(pieces).pool == (Passage("B", "Else."),)
     twice = changed(context=[["A", ["It is in Oslo.", "Other."]], ["B", ["Other.", "It is in Oslo."]]])
     assert [p.content for p in read_item(twice).pool] == ["Other."]
 
