@@ -121,9 +121,12 @@ class ZipRl(Method):
 
 
 def _alive(adv_ST: Tensor, extra_ST: Tensor, group_S: Tensor) -> float:
-    """Share of the groups without outcome signal in which a correction is not 0; NaN where all have one."""
+    """Share of the groups without outcome signal in which a correction is not 0; NaN where all have one.
+
+    Equal numbers differ from their mean by a rounding error of about 1e-8, which is no signal.
+    """
     _, place_S = torch.unique(group_S, return_inverse=True)
     n = int(place_S.max()) + 1
     zeros = torch.zeros(n, device=adv_ST.device)
-    outcome, moved = (zeros.index_add(0, place_S, x.abs().sum(1)) > 0 for x in (adv_ST, extra_ST))
+    outcome, moved = (zeros.index_add(0, place_S, (x.abs() > 1e-6).float().sum(1)) > 0 for x in (adv_ST, extra_ST))
     return float((moved & ~outcome).sum() / (~outcome).sum()) if not outcome.all() else float("nan")

@@ -110,6 +110,7 @@ def test_the_quality_of_a_turn_is_the_mean_over_its_documents(play):
     ]  # fmt: skip
     assert traj.turns[1].scores["q_com"] == pytest.approx(sum(p["com"] for p in parts) / 2)
     assert traj.turns[1].scores["level"] == 3.0
+    assert measures.of_trajectories([traj])["compression"] == [7 / 16]  # words kept of words shown
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,11 @@ def test_two_turns_without_an_action_end_the_episode_without_an_answer(play):
     assert traj.finish == "length"
     memory = agent.seen[2].partition("Memory:")[2]
     assert "search" not in memory and "cuisine" not in memory  # the memory did not change, the documents are gone
+
+
+def test_only_two_idle_turns_in_a_row_end_the_episode(play):
+    (traj,), _ = play(ZipRl(), answers("hm", "<tool>search(curie)</tool>", "hm", BOTH + "<tool>search(none)</tool>"))
+    assert [t.kind for t in traj.turns] == ["invalid", "call", "invalid", "call", "answer"] and traj.finish == "stop"
 
 
 def test_the_turn_cap_forces_an_answer_from_memory(play):
@@ -312,6 +318,14 @@ def test_groups_without_outcome_signal_keep_the_correction(rewards):
         not _credit(group(), rewards, off := ZipRl(w=0)).batch.adv_ST.any()
         and off.metrics()["zero_variance_alive"] == 0
     )
+
+
+def test_equal_qualities_are_no_sign_of_life():
+    """Seven times 0.7 in float32 has a mean that is not 0.7."""
+    trajs = [_trajectory([0.7] * 7, sample=k) for k in range(4)]
+    method = ZipRl()
+    assert _credit(trajs, [0.0] * 4, method).batch.adv_ST.abs().max() < 1e-6
+    assert method.metrics()["zero_variance_alive"] == 0
 
 
 def test_the_group_mean_counts_trajectories_not_turns():
