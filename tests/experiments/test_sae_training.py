@@ -108,6 +108,15 @@ def test_a_stopped_training_goes_on_to_the_bit(loaded, documents, tmp_path, keys
     assert stopped and same(whole, sae)
 
 
+def test_a_stop_while_a_block_is_read_leaves_out_no_text(loaded, documents, tmp_path):
+    whole = Trainer(loaded, documents, SETTINGS, tmp_path / "whole").run()
+    # The blocks end at steps 16 and 32: looks 17 and 18 are behind step 16 and while the second block is read.
+    for after in (16, 17, 18):
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(loaded, documents, SETTINGS, tmp_path / f"{after}").run(stop=Stop(after))
+        assert same(whole, Trainer(loaded, documents, SETTINGS, tmp_path / f"{after}").run())
+
+
 def test_a_checkpoint_of_something_else_is_refused(loaded, documents, tmp_path):
     def start(settings, key, stop=None):
         Trainer(loaded, documents, settings, tmp_path, key).run(stop=stop)
