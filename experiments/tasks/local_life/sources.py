@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -78,8 +79,8 @@ def of_seed(
 def of_path(path: str, corpus: str | None = None) -> Source:
     """A folder that `data.save` wrote, LocalSearchBench's question file, or VitaBench's rows.
 
-    corpus: the release's merchant file; None takes the merchants that its search paths name. DataError for anything
-    that cannot be used.
+    corpus: the release's merchant file; None takes the merchants that its search paths name. What is malformed in it is
+    kept and said on stderr. DataError for anything that cannot be used.
     """
     from experiments.tasks.local_life import data, release
 
@@ -87,7 +88,16 @@ def of_path(path: str, corpus: str | None = None) -> Source:
         world, questions = data.load(path)
         return Source(world.source, world, questions)
     world, questions = release.read(path, corpus)
+    if corpus:
+        _say(corpus, "whose opening hours cannot be read (never open)", world.unreadable_hours)
+        _say(corpus, "without coordinates (near nothing)", world.without_coordinates)
     return Source(world.source, world, questions, evaluation_only=True)
+
+
+def _say(corpus: str, what: str, poi_ids: list[str]) -> None:
+    if poi_ids:
+        more = ", ..." if len(poi_ids) > 3 else ""
+        print(f"{corpus}: kept {len(poi_ids)} merchants {what}: {', '.join(poi_ids[:3])}{more}", file=sys.stderr)
 
 
 def index_of(world: World) -> Index:
