@@ -105,6 +105,8 @@ def test_a_folder_gives_everything_back_and_the_same_bytes(source, tmp_path):
     assert (loaded.world.events, loaded.world.facts) == (source.world.events, source.world.facts)
     splits = [{q.city for q in loaded.of_split(split)} for split in ("train", "eval", "test")]
     assert all(splits) and not set.intersection(*splits) and len(set.union(*splits)) == 3
+    with pytest.raises(ConfigError, match="merchants of its own"):  # and not silently those of the folder
+        of_path(str(first), "merchants.jsonl")
     with pytest.raises(ConfigError, match="not empty"):
         data.save(source.world, source.questions, first)
 

@@ -251,6 +251,7 @@ def test_settings_are_checked():
         {"show": 200},
         {"world_seeds": {"train": 1, "eval": 1, "test": 2}},
         {"world_seeds": {"train": 1}},
+        {"corpus": "merchants.jsonl"},
     ):
         with pytest.raises(ConfigError):
             LocalLife(**keys)

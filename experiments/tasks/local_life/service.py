@@ -226,7 +226,7 @@ def serve(app: FastAPI, host: str, port: int, started: Any = lambda url: None) -
             "The service cannot listen there",
             where=f"{host}:{port}",
             got=str(error).rstrip("."),
-            fix="choose another --port",
+            fix="choose another --port or --host",
         ) from error
     with listening:
         started(f"http://{host}:{listening.getsockname()[1]}")

@@ -13,7 +13,7 @@ from experiments.tasks.local_life.generate import generated
 from experiments.tasks.local_life.programs import Solver
 from experiments.tasks.local_life.questions import Draws, Question, make_questions
 from experiments.tasks.local_life.world import World
-from methods.errors import DataError
+from methods.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from experiments.retrieval import Index
@@ -85,6 +85,10 @@ def of_path(path: str, corpus: str | None = None) -> Source:
     from experiments.tasks.local_life import data, release
 
     if data.is_world(Path(path).expanduser()):
+        if corpus:
+            raise ConfigError(
+                "A world's folder has merchants of its own", where="task.corpus", got=corpus, fix="leave it out"
+            )
         world, questions = data.load(path)
         return Source(world.source, world, questions)
     world, questions = release.read(path, corpus)
