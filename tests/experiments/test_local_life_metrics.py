@@ -84,6 +84,14 @@ def test_caps_of_the_worked_example():
     assert metrics.faithfulness(["poi_1"], worst, records, {"poi_1"}) == 0
 
 
+@pytest.mark.parametrize(
+    "query, ratio",
+    [("abcdefghixyzw", 1), ("abcdefghyzwv", 0)],  # 18 / 25, just enough, and 16 / 24
+)
+def test_the_least_similarity_of_a_hop(query, ratio):
+    assert hop_coverage(["abcdefghijkl"], [Call("rag", query, found=("poi_1",))]).ratio == ratio
+
+
 def test_a_price_range_holds_what_lies_in_it():
     records = {"poi_1": {"price": (80.0, 150.0)}}
     for price, score in ((80, 10), (120, 10), (150, 10), (154, 8), (60, 4)):

@@ -289,6 +289,14 @@ def test_wrong_input_is_one_paragraph(score, words, text, tmp_path):
     assert not list((tmp_path / "cache").glob("transfer/*"))  # nothing was scored for it
 
 
+def test_a_text_that_is_a_demonstration_is_no_query(score, tmp_path):
+    """Of three texts, each three times, the two demonstrations are one or two."""
+    rows = [{"domain": d, "prompt": f"{d} {k % 3}", "answer": "x"} for d in WORDS for k in range(9)]
+    folder = score(f"domains.path={write_rows(tmp_path / 'same.jsonl', rows)}")
+    scores = json.loads((folder / "result.json").read_text())["scores"]
+    assert {s["texts"] for s in scores.values()} <= {3, 6}
+
+
 def test_equal_texts_are_too_few(score, tmp_path):
     """A domain whose texts are all demonstrations has none to read."""
     rows = [{"domain": d, "prompt": d if d == "sea" else f"{d} {k}", "answer": "x"} for d in WORDS for k in range(6)]
