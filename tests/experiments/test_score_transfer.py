@@ -173,6 +173,26 @@ def test_a_fine_tune_that_changes_nothing_has_no_correlation(score):
     assert "the change is the same in every domain" in (folder / "table.md").read_text()
 
 
+def test_the_loss_is_that_of_the_answers_tokens(world):
+    from experiments.transfer.data import Example
+    from experiments.transfer.effects import measure
+    from experiments.weights import open_model
+
+    loaded = open_model(world / "model", "model", dtype="float32", folder=world / "model")
+    found = measure(loaded, [Example("1", "d", "add seven", "sum five"), Example("2", "d", "a", "b")], None)
+    tokenizer = loaded.tokenizer
+    for i, (question, answer) in enumerate((("add seven", "sum five"), ("a", "b"))):
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        said = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([tokenizer(asked, add_special_tokens=False)["input_ids"] + said])
+        with torch.no_grad():
+            logp = loaded.model(ids).logits.log_softmax(-1)[0, -len(said) - 1 : -1]
+        assert found.weight_N[i] == len(said)
+        assert found.value_N[i] == pytest.approx(-float(logp.gather(1, ids[0, -len(said) :, None]).mean()), rel=1e-4)
+
+
 def test_accuracy_of_multiple_choice(score, world, tmp_path):
     rows = [
         {"category": d, "question": f"{w.split()[0]} {k}", "options": ["x", "y", "z"], "answer": "ABC"[k % 3]}
