@@ -185,7 +185,7 @@ def _recorded(writer: RunWriter, cfg: DictConfig) -> None:
     except Exception as error:
         writer.fail("failed", f"{type(error).__name__}: {error}")
         raise RunError(
-            f"the run failed with {type(error).__name__}",
+            f"{launching.UNEXPECTED} {type(error).__name__}",
             where=str(path),
             got=str(error),
             fix="--debug shows the traceback; the same line again goes on from the last checkpoint",
