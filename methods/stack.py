@@ -267,6 +267,9 @@ class Stack:
         for method in self._callers["extra_loss"]:
             with self.timed(method):
                 term = method.extra_loss(lctx)
+            if isinstance(term, Tensor) and term.dim():
+                what, got = f"the hook `extra_loss` of {method.name} gives one number", tuple(term.shape)
+                raise ConfigError(what, got=got, fix="take the sum or the mean")
             if term is not None:
                 loss = loss + term * (lctx.share / lctx.accumulation)
         return loss

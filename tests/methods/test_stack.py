@@ -179,6 +179,13 @@ def test_eval_metrics_give_one_number_per_trajectory():
         Stack([short()], Grpo()).eval_metrics([1, 2], None)
 
 
+def test_an_extra_loss_is_one_number():
+    vector = type("Vector", (Method,), {"name": "vector", "extra_loss": lambda self, lctx: torch.ones(3)})
+    stack = Stack([vector()], SimpleNamespace(loss=lambda lctx: torch.zeros(())), check=False)
+    with pytest.raises(ConfigError, match=r"`extra_loss` of vector.*\(3,\)"):
+        stack.loss(SimpleNamespace(share=1.0, accumulation=1))
+
+
 def test_time_in_services_is_not_charged_to_the_method():
     class Slow(Method):
         name = "slow"
