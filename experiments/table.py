@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments import stats
+from experiments.caveats import caveats
 from experiments.readings import AXES, Difference, Reading, Spec, arm_interval, common_span, difference
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def markdown(study: Study, power: bool = False, figures: Mapping[str, str] | Non
     sections = [
         _head(study),
         _compared(study),
+        _care(study),
         _arms(study),
         _differences(study),
         _controls(study),
@@ -124,7 +126,7 @@ def _primary(study: Study) -> str:
         )
     found = study.find(study.primary.metric, study.primary.arm)
     if found is None or not found.seeds:
-        return f"**Primary comparison:** {study.primary.arm} and {study.baseline} share no finished seeds."
+        return f"**Primary comparison:** {study.primary.arm} and {study.baseline} share no finished seeds or no task."
     better = f"{study.primary.direction} is better"
     return (
         f"**Primary comparison:** `{found.arm}` against `{found.other}` in {found.metric} ({better}), "
@@ -168,6 +170,11 @@ def _environment(study: Study) -> str:
     labelled = (("commit ", commits), ("torch ", torch), ("on ", devices))
     parts = [label + _join(found) for label, found in labelled if found]
     return "\n\nRecorded: " + ", ".join(parts) + "." if parts else ""
+
+
+def _care(study: Study) -> str:
+    found = caveats(study.arms, study.baseline)
+    return "## Read with care\n\n" + "\n".join(f"* {text}" for text in found) if found else ""
 
 
 def _overrides(study: Study) -> dict[str, str]:

@@ -179,6 +179,37 @@ def test_items_that_differ_between_arms_are_compared_by_seed_only(tmp_path):
     assert found.interval.basis == "seeds" and found.interval.mean == pytest.approx(1)
 
 
+def recorded(tmp_path, arm, seeds=(0, 1), items=range(3), task="t", commit="a" * 40):
+    for seed in seeds:
+        config = {"task": {"name": task}, "method": {} if arm == "a" else {arm: 1}}
+        meta = {"arm": arm, "seed": seed, "experiment": "e"}
+        writer = RunWriter.open(tmp_path / f"raw/e/{arm}/seed{seed}", meta, config)
+        writer.eval([{"item_id": f"x{i}", "score": i + seed} for i in items], 0)
+        (writer.path / "env.json").write_text(json.dumps({"commit": commit, "dirty": False}))
+        writer.finish({})
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({}, ""),
+        ({"seeds": (1, 2)}, "Not the same seeds.*`b` and `a` share 1 of 2 and 2"),
+        ({"items": range(1, 4)}, "Not the same items.*`b` and `a` share 2 of 3 and 3"),
+        ({"items": range(5, 8)}, "Not the same items.*share none; .*different questions"),
+        ({"items": range(5, 8), "task": "u"}, "Not the same items.*share none, and their tasks differ.*not compared"),
+        ({"commit": "b" * 40}, "Not the same code.*`a` on aaaaaaaaaa; `b` on bbbbbbbbbb"),
+    ],
+)
+def test_arms_that_are_not_alike_are_named_before_any_number(tmp_path, other, said):
+    recorded(tmp_path, "a")
+    recorded(tmp_path, "b", **other)
+    text = build("e", tmp_path).read_text()
+    care = text.partition("## Read with care")[2].partition("## Means")[0]
+    assert re.search(said, care) if said else not care
+    row = next(line for line in text.splitlines() if line.startswith("| eval/score | b"))
+    assert (row.split("|")[3].strip() == "-") == ("not compared" in said), "two tasks have no difference"
+
+
 def test_a_second_stage_counts_what_the_first_has_spent(tmp_path):
     path = make_run(tmp_path, "second", 0)
     record = json.loads((path / "run.json").read_text())
