@@ -6,6 +6,7 @@ Two builds from the same records give the same bytes: no dates, fixed random str
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,12 +75,14 @@ def build(
     """Write runs.csv, table.md, figures/ and samples.html; print the table; return the path of table.md.
 
     `target` is an experiment's name, or paths of runs (or folders of runs), or None for the latest experiment. It
-    goes to ``<root>/<experiment>/`` (``<root>/selected/`` for paths) unless `out` names another folder. `metrics`
+    goes to ``<root>/<experiment>/`` (``<root>/selected/`` for paths) unless `out` names another folder; one path
+    ``ROOT/raw/EXPERIMENT`` is that experiment in its own root, with the comparison that its YAML fixed. `metrics`
     replaces the metrics of the experiment's YAML in the tables.
     Raises ConfigError for an unknown experiment, arm or metric, RecordError for damaged records.
     """
     from experiments import browser, plots, table
 
+    root = _root_of(target, root)
     study = read_study(target, root, conf_dirs, baseline, metrics)
     folder = Path(out) if out is not None else Path(root) / study.name
     with new_folder(folder):
@@ -128,6 +131,14 @@ def find(targets: Sequence[str], root: str | Path) -> tuple[list[Run], str]:
     if not runs:
         raise ConfigError("There are no runs to report", where=str(raw / targets[0]))
     return list({run.path.resolve(): run for run in runs}.values()), name
+
+
+def _root_of(target: str | Sequence[str] | None, root: str | Path) -> str | Path:
+    """The results folder that a single path ``ROOT/raw/EXPERIMENT`` lies in; `root` for anything else."""
+    targets = [target] if isinstance(target, str) else list(target or ())
+    folder = Path(targets[0]).resolve() if len(targets) == 1 and os.path.isdir(targets[0]) else None
+    elsewhere = folder is not None and folder.parent.name == "raw" and not _same(Path(root) / "raw", str(folder.parent))
+    return folder.parents[1] if folder is not None and elsewhere else root
 
 
 def _same(a: Path, b: str) -> bool:

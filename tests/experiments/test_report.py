@@ -404,6 +404,16 @@ def test_run_folders_can_be_named_one_by_one(results, tmp_path):
 # ---------------------------------------------------------------- what a user can get wrong
 
 
+def test_an_experiment_in_another_results_folder_keeps_its_comparison(results, tmp_path, monkeypatch):
+    """A copied results folder, reported by its path from somewhere else: not a nameless selection of runs."""
+    shutil.copytree(results / "raw", tmp_path / "copy" / "raw")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = build([str(tmp_path / "copy/raw/exp")], "results", [results / "conf"])
+    assert path == tmp_path / "copy/exp/table.md" and "# Does it help?" in path.read_text()
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_unknown_names_are_answered_with_the_nearest(results):
     with pytest.raises(ConfigError, match="did you mean 'exp'"):
         build("expp", results)
