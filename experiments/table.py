@@ -158,7 +158,9 @@ def _compared(study: Study) -> str:
         steps = sorted({reading.steps for reading in readings})
         span = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
         rows.append([arm, role, str(len(readings)), span, overrides[arm] or UNKNOWN])
-    return "## What was compared\n\n" + grid(["arm", "role", "seeds", "steps", "settings"], rows) + _environment(study)
+    text = "## What was compared\n\n" + grid(["arm", "role", "seeds", "steps", "settings"], rows)
+    text += f"\n\nIn every arm: {' '.join(f'`{part}`' for part in study.shared)}." if study.shared else ""
+    return text + _environment(study)
 
 
 def _environment(study: Study) -> str:

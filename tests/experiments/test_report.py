@@ -15,7 +15,7 @@ import pytest
 from experiments import browser, plots, table
 from experiments.readings import Difference, Reading, arm_interval, common_span, difference
 from experiments.records import RunWriter, load_run
-from experiments.report import Goal, browse, build, find, read_study
+from experiments.report import Goal, browse, build, find, read_study, shortened
 from experiments.stats import Interval
 from methods.errors import ConfigError, RecordError
 
@@ -354,6 +354,31 @@ def test_a_sweep_without_a_plan_makes_one_table(tmp_path, monkeypatch):
     assert "none was fixed before these runs" in text
     rows = list(csv.DictReader((path.parent / "runs.csv").open()))
     assert len(rows) == 12 and {"experiment", "arm", "seed", "eval/score", "cost/generated_tokens"} <= set(rows[0])
+
+
+def test_arms_of_a_sweep_are_named_by_what_differs(tmp_path):
+    """A long line makes long folder names; the table shows what tells them apart, and says the rest once."""
+    for method, tail in (("none", "trainer.prompts_per_step=2"), ("ha_dw", "trainer.prompts_p~0123456789ab")):
+        make_run(tmp_path, f"eval.items=4,method={method},trainer.max_steps=9,{tail}", 0)
+    study = read_study("exp", tmp_path, [tmp_path], baseline="method=none,trainer.prompts_per_step=2")
+    assert list(study.arms) == ["method=ha_dw", "method=none,trainer.prompts_per_step=2"]
+    assert "In every arm: `eval.items=4` `trainer.max_steps=9`." in table.markdown(study)
+    by_folder = "eval.items=4,method=ha_dw,trainer.max_steps=9,trainer.prompts_p~0123456789ab"
+    assert read_study("exp", tmp_path, [tmp_path], baseline=by_folder).baseline == "method=ha_dw"
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["a=1,b=2"], {}),
+        (["x", "y"], {"x": "x", "y": "y"}),
+        (["e/a=1,b=2", "f/a=1,b=2"], {"e/a=1,b=2": "e", "f/a=1,b=2": "f"}),
+        (["a=1,b~0", "a=1,b~1"], {"a=1,b~0": "b~0", "a=1,b~1": "b~1"}),
+        (["a=1", "a=1,b=2"], {}),
+    ],
+)
+def test_short_names_stay_apart_and_are_never_empty(names, short):
+    assert shortened(names)[0] == short
 
 
 def test_more_arms_than_one_panel_can_hold(tmp_path):
