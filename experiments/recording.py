@@ -131,6 +131,7 @@ def open_record(path: Path, cfg: DictConfig, command: str, **limits: int) -> Run
         "pair": f"seed{cfg.seed}",
         "config_hash": config_hash(cfg),
         "inputs": inputs(cfg),
+        "cwd": os.getcwd(),  # relative paths of the configuration start here
         "argv": sys.argv[1:],
         "parent": cfg.model.get("init"),
         "before": spent_before(cfg) if command == "train" else {},
