@@ -79,7 +79,7 @@ def p_value(p: float) -> str:
 
 def bounds(interval: stats.Interval, sign: bool = False) -> str:
     if math.isnan(interval.low):
-        return "(one seed)"
+        return UNKNOWN if math.isnan(interval.mean) else "(one seed)"
     return f"[{number(interval.low, sign)}, {number(interval.high, sign)}]"
 
 

@@ -208,6 +208,7 @@ def test_arms_that_are_not_alike_are_named_before_any_number(tmp_path, other, sa
     assert re.search(said, care) if said else not care
     row = next(line for line in text.splitlines() if line.startswith("| eval/score | b"))
     assert (row.split("|")[3].strip() == "-") == ("not compared" in said), "two tasks have no difference"
+    assert "not compared" not in said or "(one seed)" not in text
 
 
 def test_a_second_stage_counts_what_the_first_has_spent(tmp_path):
