@@ -113,6 +113,8 @@ def test_files_of_one_name_and_changed_files_are_told_apart(tmp_path: Path, task
         ("def f(t): ...\n", "{dir}/mine.py:f", r"cannot be called with.*f\(t\)"),
         ("x = 1\ndef f(:\n", "{dir}/mine.py:f", r"cannot be imported.*mine\.py:2.*SyntaxError"),
         ("x = 1\n\n1 / 0\n", "{dir}/mine.py:f", r"cannot be imported.*mine\.py:3.*ZeroDivisionError"),
+        ("import sys\nsys.exit()\n", "{dir}/mine.py:f", r"cannot be imported.*mine\.py:2.*SystemExit"),
+        ("def f(prompts, completions, **kw): ...\n", "{dir}/mine.py:f", r"takes prompts first.*row\.prompt"),
         ("", "mine", "Not a reward function"),
         ("", "{dir}/mine.py:", "Not a reward function"),
     ],
@@ -130,6 +132,7 @@ def test_user_file_errors(tmp_path: Path, body: str, spec: str, says: str):
     [
         ("def f(t, r):\n    return [1.0]\n", r"wrong number of values.*Got: 1.*list of 2"),
         ("def f(t, r):\n    return 1.0\n", "wrong number of values"),
+        ("def f(t, r):\n    t == r\n", "returned None"),
         ("def f(t, r):\n    return [1.0, 'good']\n", r"no finite number.*completion 1.*'good'"),
         ("def f(t, r):\n    return [1.0, float('inf')]\n", r"no finite number.*completion 1.*inf"),
         ("def f(t, r):\n\n    return [{}['k'], 1]\n", r"raised an exception.*line 3.*KeyError"),
