@@ -63,7 +63,7 @@ def number(x: float, sign: bool = False) -> str:
         return UNKNOWN
     if math.isinf(x):
         return "inf"
-    x = 0.0 if abs(x) < 1e-13 else x  # what rounding leaves of a difference between equal numbers
+    x = 0.0 if abs(x) < stats.ROUNDING else x
     size = abs(x)
     digits = 0 if size >= 10 and x == round(x) else 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
     if 0 < size < 0.0005:
