@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,10 +103,10 @@ def compose_full(config_name: str, overrides: Sequence[str], config_dirs: Sequen
     base = _compose_choices(config_name, tuple(str(o.input_line) for o in chosen), dirs)
     cfg, choices = copy.deepcopy(base.cfg), dict(base.choices)
     _check_headers(chosen, known)
-    for word in rewards:
+    for override in parse(rewards):
         from experiments.rewards import from_path
 
-        OmegaConf.update(cfg, "reward", from_path(word.partition("=")[2].strip("'\"")), merge=False, force_add=True)
+        OmegaConf.update(cfg, "reward", from_path(str(override.value())), merge=False, force_add=True)
     for override in values:
         is_open = _check_value(override, base.cfg, known)
         try:
@@ -143,9 +144,15 @@ def parse(words: Sequence[str], known: dict[str, dict[str, Path]] | None = None)
 
 
 def _quote_path(word: str) -> str:
-    """A word whose value is an existing path, quoted where Hydra's grammar would trip over it, as over `=` or `,`."""
+    """A word quoted where Hydra's grammar would trip over its value: an existing path (`reward=` with its function)
+    over `=` or `,`, and letters beyond ASCII."""
     key, _, value = word.partition("=")
-    if not re.search(r"[=,\s()\[\]{}'\"]", value) or value[0] in "'\"[{" or not Path(value).expanduser().exists():
+    if not value or value[0] in "'\"[{":
+        return word
+    path = Path(re.sub(r"(?<=\.py):\w+$", "", value)).expanduser()
+    letters = not value.isascii() and re.fullmatch(r"[\w./~:+-]+", value)
+    # os.path: Path.exists raises for what is too long for a name, such as a hundred seeds
+    if not letters and not (re.search(r"[=,\s()\[\]{}'\"]", value) and os.path.exists(path)):
         return word
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"{key}='{escaped}'"
@@ -250,6 +257,8 @@ def _check_choice(override: Override, known: dict[str, dict[str, Path]]) -> None
             continue
         choices = ", ".join(sorted(known[group]))
         fix = nearest(str(name), known[group]) or f"list them with: assay ls {group}s"
+        if group == "reward" and str(name).endswith(".py"):
+            fix = f"name the function in it: reward={name}:FUNCTION"
         raise ConfigError(f"there is no {group} '{name}'", where=str(override.input_line), expected=choices, fix=fix)
 
 

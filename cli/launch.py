@@ -204,8 +204,11 @@ def arm_name(words: Sequence[str], naming: Sequence[str] = ("task", "model")) ->
         if BOOKKEEPING.match(key.lstrip("+~")) or key in naming:
             continue
         parts.append(f"{key}={_slug(value)}")
-    text = ",".join(parts) or "default"
-    # File systems allow 255 bytes per name; a long line keeps its beginning and a hash of all of it.
+    return _fitted(",".join(parts) or "default")
+
+
+def _fitted(text: str) -> str:
+    """File systems allow 255 bytes per name; a long line keeps its beginning and a hash of all of it."""
     return text if len(text) <= 160 else f"{text[:140]}~{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -302,7 +305,7 @@ def _experiment_lines(
             suffix = ",".join(f"{k}={_slug(v)}" for k, _, v in (w.partition("=") for w in user) if k in swept)
             for seed in seeds:
                 line = _last_wins([*shared, *spec.arms[arm], f"seed={seed}", *user])
-                lines.append((f"{arm},{suffix}" if suffix else arm, line))
+                lines.append((f"{arm},{_fitted(suffix)}" if suffix else arm, line))
     return lines
 
 
@@ -361,8 +364,9 @@ def _job(
             start = init.removeprefix("arm:") + comma + swept
             cfg.model.init, earlier = f"{cfg.experiment}/{start}", f"{start}/seed{cfg.seed}"
     for part in (cfg.experiment, cfg.arm):
-        if not part or "/" in part or part.startswith("."):
-            raise ConfigError("a name that becomes a folder has no slash and no leading dot", got=part, fix="name=WORD")
+        if not part or "/" in part or part.startswith(".") or len(part.encode()) > 255:
+            what = "a name that becomes a folder has no slash, no leading dot and at most 255 bytes"
+            raise ConfigError(what, got=part[:80], fix="name=WORD")
     return Job(words, cfg, earlier)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -86,11 +87,23 @@ def _resume(run: Path, line: list[str]) -> Path:
         )
     if Path(str(cfg.results_dir)).resolve() != folder.parents[3]:
         cfg.results_dir = str(folder.parents[3])
+    _go_home(folder, cfg)
     from experiments.run import check
     from experiments.run import run as start
 
     check(cfg)  # type: ignore[arg-type]
     return Path(start(cfg))  # type: ignore[arg-type]
+
+
+def _go_home(folder: Path, cfg: Any) -> None:
+    """Changes to the folder in which the run was started, if it is still there: data and reward files may be named
+    from it."""
+    from experiments.records import load_run
+
+    home = load_run(folder).run.get("cwd") if (folder / "run.json").is_file() else None
+    if home and os.path.isdir(home) and Path(home) != Path.cwd():
+        cfg.results_dir = str(folder.parents[3])
+        os.chdir(home)
 
 
 def show(command: str, what: str, line: list[str], multirun: bool = False, dirs: Sequence[Path] = ()) -> None:

@@ -16,10 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from methods.errors import ConfigError, RunError
+from methods.errors import AssayError, ConfigError, RunError
 
 _WRONG_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR}
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_MAKE_ROOM = "free some space or raise the file size limit, then run the same line again to go on"
+# What safetensors and torch say of a full disk, as errors that are no OSError.
+_LIBRARIES_SAY = ("No space left on device", "File too large", "PytorchStreamWriter failed")
 
 
 def clean(obj: Any) -> Any:
@@ -58,8 +61,13 @@ def os_errors(path: Path) -> Iterator[None]:
             raise ConfigError("A file cannot be written", where=str(path), got=reason, fix=fix) from error
         fix = "check the place and the disk, and run the same line again; a run goes on from its last checkpoint"
         if error.errno in _NO_ROOM:
-            fix = "free some space or raise the file size limit, then run the same line again to go on"
+            fix = _MAKE_ROOM
         raise RunError("Writing a file failed", where=str(path), got=reason, fix=fix) from error
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, AssayError) or not any(sign in said for sign in _LIBRARIES_SAY):
+            raise
+        raise RunError("Writing a file failed", where=str(path), got=said[:200], fix=_MAKE_ROOM) from error
 
 
 def replace(path: Path, data: bytes) -> None:

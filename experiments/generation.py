@@ -71,7 +71,7 @@ def check(generation: Any, stack: Stack) -> None:
     if generation.correction not in CORRECTIONS:
         raise ConfigError("unknown importance-sampling correction", where="generation.correction",
                           got=generation.correction, expected=", ".join(CORRECTIONS))  # fmt: skip
-    check_range("generation.clip_max", generation.clip_max, 0.0)
+    check_range("generation.clip_max", generation.clip_max, 0.0, above=True)  # at 0 nothing would be learned
     if stack.objective.ratio_level == "sequence" and generation.correction.startswith("token"):
         raise ConfigError(
             f"{stack.objective.name} has one ratio per row, and this correction one per token",

@@ -27,6 +27,7 @@ from methods import errors
 from methods.errors import AssayError, ConfigError, RunError
 
 LOG, CONFIG, ACCELERATE = "log.txt", "run.yaml", "accelerate.yaml"
+UNEXPECTED = "the run failed with"  # begins the message of every exception that is not ours
 GONE = re.compile("gloo|nccl|connection (closed|reset)|broken pipe|timed out", re.IGNORECASE)
 
 
@@ -227,17 +228,15 @@ def _judge(folder: Path, count: int, code: int) -> None:
     found = {rank: file for rank in range(count) if (file := folder / f"rank{rank}.json").is_file()}
     outcomes = sorted((json.loads(file.read_text()) | {"rank": rank} for rank, file in found.items()), key=_time)
     failed = [o for o in outcomes if o["status"] == "failed"]
-    causes = [o for o in failed if not GONE.search(o["error"]["got"] or "")]
     begun = {int(file.stem.removeprefix("rank")) for file in folder.glob("rank*.pid")}
     lost = sorted(begun - set(found))
+    causes = [o for o in failed if not _is_effect(o["error"])] or ([] if lost else failed)
     if causes:
         kind = getattr(errors, causes[0]["kind"], RunError)
         raise kind(**causes[0]["error"])
-    if lost or failed:
-        names = ", ".join(str(rank) for rank in lost) or "of the launcher"
+    if lost:
         raise RunError(
-            f"a process of the run was killed, and the run was stopped: process {names} of {count}",
-            got=_tail(folder / LOG) if not lost else None,
+            f"a process of the run was killed, and the run was stopped: process {', '.join(map(str, lost))} of {count}",
             fix="look for the memory that it needed; the same line again goes on from the last checkpoint",
         )
     for outcome in outcomes:
@@ -249,6 +248,11 @@ def _judge(folder: Path, count: int, code: int) -> None:
             got=_tail(folder / "launcher.txt"),
             expected=f"{count} processes, {len(found)} came",
         )
+
+
+def _is_effect(error: dict[str, Any]) -> bool:
+    """Whether it is what a process says when another one is gone; an endpoint's lost connection is a cause."""
+    return error["what"].startswith(UNEXPECTED) and bool(GONE.search(error["got"] or ""))
 
 
 def _time(outcome: dict) -> float:
@@ -268,7 +272,7 @@ def outcome_of(error: BaseException | None) -> dict[str, Any]:
         number = error.args[0] if error.args and isinstance(error.args[0], int) else signal.SIGINT
         return {"status": "stopped", "signal": int(number), "time": time.time()}
     if not isinstance(error, AssayError):
-        error = RunError(f"the run failed with {type(error).__name__}", got=str(error))
+        error = RunError(f"{UNEXPECTED} {type(error).__name__}", got=str(error))
     parts = {k: getattr(error, k) for k in ("what", "where", "got", "expected", "fix")}
     parts["got"] = None if error.got is None else str(error.got)
     return {"status": "failed", "kind": type(error).__name__, "error": parts, "time": time.time()}

@@ -93,6 +93,12 @@ class Reading:
         """Number of evaluation points on the main split."""
         return self.evals.loc[self.evals["split"] == self.splits[0], "step"].nunique() if self.splits else 0
 
+    @cached_property
+    def last_items(self) -> frozenset[str]:
+        """Items of the last evaluation of the main split."""
+        rows = self.evals[self.evals["split"] == self.splits[0]] if self.splits else self.evals
+        return frozenset(rows.loc[rows["step"] == rows["step"].max(), "item_id"])
+
     @property
     def steps(self) -> int:
         seen = [int(frame["step"].max()) for frame in (self.metrics, self.evals) if len(frame)]
@@ -276,7 +282,7 @@ def difference(arm: Sequence[Reading], other: Sequence[Reading], metric: str, pi
     left, right = {r.pair: r for r in arm}, {r.pair: r for r in other}
     rows, per_seed = [], []
     for pair in sorted(left.keys() & right.keys(), key=_natural):
-        row = _paired(pick(left[pair]), pick(right[pair]))
+        row = _paired(pick(left[pair]), pick(right[pair]), apart=tasks_differ(left[pair], right[pair]))
         if row is not None:
             rows.append(row)
             per_seed.append(float(row.mean()))
@@ -290,14 +296,22 @@ def difference(arm: Sequence[Reading], other: Sequence[Reading], metric: str, pi
     return Difference(*names, metric, interval, tuple(per_seed), p)
 
 
-def _paired(a: Frame | float | None, b: Frame | float | None):
-    """a - b on their common items; of the two means where the items differ; None if one side has no value."""
+def tasks_differ(a: Reading, b: Reading) -> bool:
+    """Whether the two runs were evaluated on different tasks, by the names in their configurations."""
+    tasks = [reading.run.config.get("task") for reading in (a, b)]
+    names = [task.get("name") if isinstance(task, dict) else None for task in tasks]
+    return names[0] != names[1]
+
+
+def _paired(a: Frame | float | None, b: Frame | float | None, apart: bool = False):
+    """a - b on their common items; of the two means where the items differ, or None if they are of tasks `apart`;
+    None if one side has no value."""
     if a is None or b is None:
         return None
     if isinstance(a, pd.Series) and isinstance(b, pd.Series):
         common = (a - b).dropna()
-        if len(common):
-            return common
+        if len(common) or apart:
+            return common if len(common) else None
     gap = np.float64(np.mean(a)) - np.float64(np.mean(b))
     return None if np.isnan(gap) else gap
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -38,8 +40,9 @@ def already_done(path: Path, cfg: DictConfig) -> bool:
 
     `overwrite=true` answers no whatever is there; the caller then throws it away.
     """
-    if cfg.overwrite or not (path / "run.json").exists():
-        return False
+    with os_errors(path):
+        if cfg.overwrite or not (path / "run.json").exists():
+            return False
     earlier = load_run(path)
     if earlier.run.get("config_hash") != config_hash(cfg):
         changed = _changed_keys(earlier.config, OmegaConf.to_container(cfg, resolve=True))
@@ -49,7 +52,37 @@ def already_done(path: Path, cfg: DictConfig) -> bool:
             got="; ".join(changed[:4]) if changed else "another version of the configuration",
             fix="give the run another name=..., or overwrite=true to throw the old record away",
         )
+    if earlier.finished:
+        _refuse_changed_inputs(path, earlier.run.get("inputs") or {}, inputs(cfg))
     return earlier.finished
+
+
+def inputs(cfg: DictConfig) -> dict[str, str]:
+    """`{name: digest}` of the files that the configuration names (data, reward functions); folders are not read."""
+    found: dict[str, str] = {}
+
+    def walk(value: Any) -> None:
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            walk(inner)
+        if isinstance(value, str) and ("." in value or os.sep in value):
+            path = os.path.expanduser(re.sub(r"(?<=\.py):\w+$", "", value))
+            if os.path.isfile(path):
+                with open(path, "rb") as file:
+                    found[value] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+    walk({k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in BOOKKEEPING})  # type: ignore
+    return found
+
+
+def _refuse_changed_inputs(path: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    changed = [name for name, digest in now.items() if before.get(name, digest) != digest]
+    if changed:
+        raise RecordError(
+            "a file that this finished run has read has changed since",
+            where=str(path),
+            got=", ".join(changed[:4]),
+            fix="give the new run another name=..., or overwrite=true to throw the old record away",
+        )
 
 
 def make_room(path: Path, cfg: DictConfig) -> None:
@@ -97,6 +130,8 @@ def open_record(path: Path, cfg: DictConfig, command: str, **limits: int) -> Run
         "seed": cfg.seed,
         "pair": f"seed{cfg.seed}",
         "config_hash": config_hash(cfg),
+        "inputs": inputs(cfg),
+        "cwd": os.getcwd(),  # relative paths of the configuration start here
         "argv": sys.argv[1:],
         "parent": cfg.model.get("init"),
         "before": spent_before(cfg) if command == "train" else {},

@@ -6,6 +6,7 @@ Two builds from the same records give the same bytes: no dates, fixed random str
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ class Study:
     goals: list[Goal]
     metrics: list[str]
     left_out: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)  # overrides of every arm, left out of the arms' names
     differences: list[Difference] = field(default_factory=list)
     controls: dict[str, tuple[str, Difference]] = field(default_factory=dict)
 
@@ -74,12 +76,14 @@ def build(
     """Write runs.csv, table.md, figures/ and samples.html; print the table; return the path of table.md.
 
     `target` is an experiment's name, or paths of runs (or folders of runs), or None for the latest experiment. It
-    goes to ``<root>/<experiment>/`` (``<root>/selected/`` for paths) unless `out` names another folder. `metrics`
+    goes to ``<root>/<experiment>/`` (``<root>/selected/`` for paths) unless `out` names another folder; one path
+    ``ROOT/raw/EXPERIMENT`` is that experiment in its own root, with the comparison that its YAML fixed. `metrics`
     replaces the metrics of the experiment's YAML in the tables.
     Raises ConfigError for an unknown experiment, arm or metric, RecordError for damaged records.
     """
     from experiments import browser, plots, table
 
+    root = _root_of(target, root)
     study = read_study(target, root, conf_dirs, baseline, metrics)
     folder = Path(out) if out is not None else Path(root) / study.name
     with new_folder(folder):
@@ -128,6 +132,14 @@ def find(targets: Sequence[str], root: str | Path) -> tuple[list[Run], str]:
     if not runs:
         raise ConfigError("There are no runs to report", where=str(raw / targets[0]))
     return list({run.path.resolve(): run for run in runs}.values()), name
+
+
+def _root_of(target: str | Sequence[str] | None, root: str | Path) -> str | Path:
+    """The results folder that a single path ``ROOT/raw/EXPERIMENT`` lies in; `root` for anything else."""
+    targets = [target] if isinstance(target, str) else list(target or ())
+    folder = Path(targets[0]).resolve() if len(targets) == 1 and os.path.isdir(targets[0]) else None
+    elsewhere = folder is not None and folder.parent.name == "raw" and not _same(Path(root) / "raw", str(folder.parent))
+    return folder.parents[1] if folder is not None and elsewhere else root
 
 
 def _same(a: Path, b: str) -> bool:
@@ -182,7 +194,8 @@ def read_study(
     """Find and read the runs, choose baseline and metrics, make the comparisons; arguments as in `build`."""
     runs, name = find([target] if isinstance(target, str) else list(target or ()), root)
     plan = read_plan(name, (*conf_dirs, Path(root) / "raw" / name)) if name != "selected" else {}
-    arms = _by_arm([run for run in runs if run.finished], list(plan.get("arms") or {}))
+    finished = [run for run in runs if run.finished]
+    arms, shared = _by_arm(finished, list(plan.get("arms") or {})) if finished else ({}, [])
     left_out = [f"{_label(run, runs)} ({run.run.get('status')})" for run in runs if not run.finished]
     left_out += _not_run(plan, runs)
     if not arms:
@@ -192,16 +205,19 @@ def read_study(
     primary, goals, shown = _metrics(plan, [r for arm in arms.values() for r in arm], metrics)
     if primary.arm not in arms or primary.arm == chosen:
         primary = Goal(primary.metric, primary.direction)
-    study = Study(name, plan, arms, chosen, primary, goals, shown, left_out)
+    study = Study(name, plan, arms, chosen, primary, goals, shown, left_out, shared)
     _compare(study)
     return study
 
 
-def _by_arm(runs: Sequence[Run], order: Sequence[str]) -> dict[str, list[Reading]]:
+def _by_arm(runs: Sequence[Run], order: Sequence[str]) -> tuple[dict[str, list[Reading]], list[str]]:
+    """Readings by arm, in the order of the plan, and the overrides that the names of a plain sweep's arms share."""
     several = len({run.run.get("experiment") for run in runs}) > 1
+    full = [f"{run.run.get('experiment')}/{run.run.get('arm')}" if several else str(run.run.get("arm")) for run in runs]
+    short, shared = ({}, []) if order else shortened(sorted(set(full)))
     arms: dict[str, list[Reading]] = {}
-    for run in runs:
-        name = f"{run.run.get('experiment')}/{run.run.get('arm')}" if several else str(run.run.get("arm"))
+    for run, name in zip(runs, full, strict=True):
+        name = short.get(name, name)
         arms.setdefault(name, []).append(Reading(run, name))
     for name, readings in arms.items():
         if len({reading.pair for reading in readings}) < len(readings):
@@ -210,7 +226,24 @@ def _by_arm(runs: Sequence[Run], order: Sequence[str]) -> dict[str, list[Reading
         if len({reading.pair for reading in readings}) < len(readings):
             raise RecordError("Two runs of one arm have the same seed", where=name, fix="name only one of them")
     ranked = sorted(arms, key=lambda name: (order.index(name) if name in order else len(order), name))
-    return {name: arms[name] for name in ranked}
+    return {name: arms[name] for name in ranked}, shared
+
+
+def shortened(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """`{name: short name}` without the `key=value` parts that all names share, and these parts.
+
+    The cut end of a long name (`...~hash`) goes too where the rest tells the names apart; {} where nothing does.
+    """
+    parts = {name: name.rpartition("/")[2].split(",") for name in names}
+    shared = [part for part in parts[names[0]] if "=" in part and all(part in other for other in parts.values())]
+    for droppable in ("~", "\0"):
+        short = {}
+        for name, own in parts.items():
+            kept = [part for part in own if part not in shared and droppable not in part]
+            short[name] = "/".join(text for text in (name.rpartition("/")[0], ",".join(kept)) if text)
+        if all(short.values()) and len(set(short.values())) == len(names) > 1:
+            return short, shared
+    return {}, []
 
 
 def _label(run: Run, runs: Sequence[Run]) -> str:
@@ -226,6 +259,8 @@ def _not_run(plan: Mapping, runs: Sequence[Run]) -> list[str]:
 
 
 def _baseline(wanted: str | None, arms: Mapping[str, list[Reading]], required: bool) -> str:
+    full = {str(reading.run.run.get("arm")): name for name, readings in arms.items() for reading in readings}
+    wanted = wanted if wanted in arms else full.get(str(wanted), wanted)
     if wanted in arms:
         return str(wanted)
     if required:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.engines.base import Result, Usage
 from experiments.engines.scores import ScoreEngine, as_request, conversation_ids
+from experiments.judging.formats import V1_ROWS
 from experiments.scoring import score_results
 from experiments.sft import Batches, SFTSettings, arguments, costs_callback, fit, lay_out, untouched_random_state
 from experiments.tasks.base import Row
@@ -77,11 +78,17 @@ def classifier(loaded: LoadedModel, seed: int) -> LoadedModel:
 
 
 def make_batches(rows: Sequence[Row], loaded: LoadedModel, cfg: SFTSettings, seed: int) -> Batches:
-    """Every row's pair as token ids, in training order. A conversation longer than `cfg.max_length` loses its start."""
+    """Every row's pair as token ids, in training order. A conversation longer than `cfg.max_length` loses its start.
+
+    DataError for rows of RewardBench, told by their subset (other benchmarks' files are no pairs, and refused as such).
+    """
     sides: list[dict] = []
     truncated = 0
     for row in rows:
         prompt, *answers = pair_of(row)
+        if not V1_ROWS.keys().isdisjoint((row.tier, str(row.meta.get("subset")))):
+            raise DataError("The rows are RewardBench's, and a benchmark is never trained on", where=f"row {row.id}",
+                            got=f"subset {row.meta.get('subset', row.tier)}", fix="train on other pairs")  # fmt: skip
         ids = [conversation_ids(loaded.tokenizer, as_request(prompt, answer).messages or []) for answer in answers]
         truncated += any(len(side) > cfg.max_length for side in ids)
         sides.append({"chosen_ids": ids[0][-cfg.max_length :], "rejected_ids": ids[1][-cfg.max_length :]})

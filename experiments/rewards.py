@@ -190,6 +190,14 @@ def load_function(spec: str, kwargs: Mapping[str, Any] | None = None) -> Callabl
             got="functions " + (", ".join(own) or "none"),
             fix=nearest(name, own) or "name one of these",
         )
+    first = next(iter(inspect.signature(function).parameters), "")
+    if first == "prompts":  # TRL's order; it would be given the completions for prompts
+        raise ConfigError(
+            f"The function '{name}' takes prompts first",
+            where=where,
+            got=f"{name}{inspect.signature(function)}",
+            expected="function(completions: list[str], rows: list[Row], **kwargs), with the prompt in row.prompt",
+        )
     try:
         inspect.signature(function).bind([], [], **(kwargs or {}))
     except TypeError as error:
@@ -214,8 +222,9 @@ def _import(path: Path, where: str) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickle look their module up there
     try:
-        found.loader.exec_module(module)
-    except Exception as error:
+        # Not the loader's exec_module: its bytecode is told apart by size and whole seconds, and an edit can keep both.
+        exec(compile(content, path, "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:  # a file that calls exit() would end the command, in silence
         del sys.modules[name]
         line = error.lineno if isinstance(error, SyntaxError) else _line_in(error, path)
         raise ConfigError(
@@ -244,6 +253,10 @@ def checked(function: Callable, spec: str, kwargs: Mapping[str, Any]) -> RewardF
                 got=first_line(error),
                 fix="mend the function; --debug shows the whole traceback",
             ) from error
+        if values is None:
+            raise RunError(
+                "The reward function returned None", where=spec, expected="a list", fix="end it with `return ...`"
+            )
         try:
             values = list(values)
         except TypeError:

@@ -18,7 +18,7 @@ from experiments.records import RunWriter
 from experiments.seeds import derive
 from experiments.team import ALONE, Team
 from experiments.tokenizers import plain_text
-from methods.errors import AssayError, ConfigError, DataError, RunError, nearest
+from methods.errors import AssayError, ConfigError, DataError, RunError, nearest, raised_at
 
 INF = float("inf")
 # key, least, most; what is None follows a default
@@ -69,9 +69,14 @@ class PromptWrapper:
 def build_stack(cfg: DictConfig):
     """The stack of `cfg.method` over `cfg.objective`. ConfigError for a refused combination."""
     from experiments.engines.build import instantiate
+    from methods.base import Method
     from methods.stack import Stack
 
     methods = [instantiate(node) for node in (cfg.method or {}).values()]
+    for node, method in zip((cfg.method or {}).values(), methods, strict=True):
+        if not isinstance(method, Method):
+            target, expected = str(node._target_), "a subclass of methods.base.Method"
+            raise ConfigError("_target_ is no method", where=target, got=type(method).__name__, expected=expected)
     return Stack(methods, instantiate(cfg.objective))
 
 
@@ -185,9 +190,9 @@ def _recorded(writer: RunWriter, cfg: DictConfig) -> None:
     except Exception as error:
         writer.fail("failed", f"{type(error).__name__}: {error}")
         raise RunError(
-            f"the run failed with {type(error).__name__}",
+            f"{launching.UNEXPECTED} {type(error).__name__}",
             where=str(path),
-            got=str(error),
+            got=f"{' '.join(str(error).split())} ({raised_at(error)})",
             fix="--debug shows the traceback; the same line again goes on from the last checkpoint",
         ) from error
 

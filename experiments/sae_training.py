@@ -244,11 +244,12 @@ class Trainer:
         while self.sae is None or self.step < s.steps:
             block, place = divmod(self.step, self.per_block)
             if block != held:
-                self.began = self.stream.cursor
                 block_Nd, held = self.stream.block(beat), block
             self.sae = self.sae or self._begin(block_Nd)
             self._update(self.sae, self._batch(block_Nd, place))
             self.step += 1
+            if self.step % self.per_block == 0:
+                self.began = self.stream.cursor
             if self.step % s.save_every == 0 and self.step < s.steps:
                 self._save(self.sae)
             beat()
@@ -330,7 +331,7 @@ class Trainer:
             "key": self.key,
             "settings": asdict(self.settings),
             "step": self.step,
-            "began": list(self.began if self.step % self.per_block else self.stream.cursor),
+            "began": list(self.began),  # the stream's cursor moves on while a block is read
             "scale": self.scale,
             "weights": {name: p.detach() for name, p in sae.named_parameters()},
             "moments": moments,
@@ -348,7 +349,7 @@ class Trainer:
                 fix=f"delete {checkpoint.parent}, or give another folder",
             )
         self.step, self.scale = state["step"], state["scale"]
-        self.stream.cursor = tuple(state["began"])  # the block in which it stopped is read again
+        self.began = self.stream.cursor = tuple(state["began"])  # the block in which it stopped is read again
         self.sae = sae = self._make(state["weights"])
         for name, p in sae.named_parameters():
             moments = {k: v if k == "step" else v.to(p.device) for k, v in state["moments"][name].items()}

@@ -188,7 +188,8 @@ def table(frame: pd.DataFrame, title: str = "") -> str:
         shown = [name for name in values if "." not in name and name not in hidden and not name.startswith("avg@")]
         width = max(20, *map(len, shown))
         for name in shown:
-            span = f"[{values[f'{name}.low']:.3f}, {values[f'{name}.high']:.3f}]" if f"{name}.low" in values else ""
+            low, high = values.get(f"{name}.low"), values.get(f"{name}.high")
+            span = "" if low is None else "(one item)" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
             lines.append(f"  {name:<{width}} {values[name]:>9.3f}  {span}".rstrip())
         if values["errors"]:
             lost = Counter(part["finish"])["error"]

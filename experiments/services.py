@@ -113,8 +113,8 @@ class Services:
 
         from experiments.engines.base import Request
 
-        base = self.stream(stream)
         with self.counted("generate"):
+            base = self.stream(stream)
             requests = [Request(**r) if isinstance(r, dict) else r for r in requests]
             seeded = [replace(r, seed=derive(base, i)) if r.seed is None else r for i, r in enumerate(requests)]
             return self._divided(seeded, self._generated)

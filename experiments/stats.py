@@ -16,6 +16,7 @@ import numpy as np
 
 LEVEL = 0.95
 DRAWS = 4000
+ROUNDING = 1e-13  # what rounding leaves of a difference between equal numbers is below
 Array = Any  # anything that numpy turns into an array
 
 
@@ -214,10 +215,11 @@ def sign_flip(
 
     Under the null hypothesis each difference is as likely with the other sign. Up to `exact_up_to` differences all
     2^N sign patterns are counted (so p >= 2 / 2^N: five seeds cannot get below .0625); beyond, p = (1 + hits) /
-    (1 + draws). NaNs are left out; NaN if nothing is left.
+    (1 + draws). NaNs are left out; NaN if nothing is left. What rounding leaves of equal numbers counts as 0.
     """
     d = np.asarray(differences, float).ravel()
     d = d[~np.isnan(d)]
+    d[np.abs(d) < ROUNDING] = 0.0
     n = len(d)
     if n == 0:
         return math.nan

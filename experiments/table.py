@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments import stats
+from experiments.caveats import caveats
 from experiments.readings import AXES, Difference, Reading, Spec, arm_interval, common_span, difference
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def markdown(study: Study, power: bool = False, figures: Mapping[str, str] | Non
     sections = [
         _head(study),
         _compared(study),
+        _care(study),
         _arms(study),
         _differences(study),
         _controls(study),
@@ -61,7 +63,7 @@ def number(x: float, sign: bool = False) -> str:
         return UNKNOWN
     if math.isinf(x):
         return "inf"
-    x = 0.0 if abs(x) < 1e-13 else x  # what rounding leaves of a difference between equal numbers
+    x = 0.0 if abs(x) < stats.ROUNDING else x
     size = abs(x)
     digits = 0 if size >= 10 and x == round(x) else 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
     if 0 < size < 0.0005:
@@ -77,7 +79,7 @@ def p_value(p: float) -> str:
 
 def bounds(interval: stats.Interval, sign: bool = False) -> str:
     if math.isnan(interval.low):
-        return "(one seed)"
+        return UNKNOWN if math.isnan(interval.mean) else "(one seed)"
     return f"[{number(interval.low, sign)}, {number(interval.high, sign)}]"
 
 
@@ -124,7 +126,7 @@ def _primary(study: Study) -> str:
         )
     found = study.find(study.primary.metric, study.primary.arm)
     if found is None or not found.seeds:
-        return f"**Primary comparison:** {study.primary.arm} and {study.baseline} share no finished seeds."
+        return f"**Primary comparison:** {study.primary.arm} and {study.baseline} share no finished seeds or no task."
     better = f"{study.primary.direction} is better"
     return (
         f"**Primary comparison:** `{found.arm}` against `{found.other}` in {found.metric} ({better}), "
@@ -156,7 +158,9 @@ def _compared(study: Study) -> str:
         steps = sorted({reading.steps for reading in readings})
         span = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
         rows.append([arm, role, str(len(readings)), span, overrides[arm] or UNKNOWN])
-    return "## What was compared\n\n" + grid(["arm", "role", "seeds", "steps", "settings"], rows) + _environment(study)
+    text = "## What was compared\n\n" + grid(["arm", "role", "seeds", "steps", "settings"], rows)
+    text += f"\n\nIn every arm: {' '.join(f'`{part}`' for part in study.shared)}." if study.shared else ""
+    return text + _environment(study)
 
 
 def _environment(study: Study) -> str:
@@ -168,6 +172,11 @@ def _environment(study: Study) -> str:
     labelled = (("commit ", commits), ("torch ", torch), ("on ", devices))
     parts = [label + _join(found) for label, found in labelled if found]
     return "\n\nRecorded: " + ", ".join(parts) + "." if parts else ""
+
+
+def _care(study: Study) -> str:
+    found = caveats(study.arms, study.baseline)
+    return "## Read with care\n\n" + "\n".join(f"* {text}" for text in found) if found else ""
 
 
 def _overrides(study: Study) -> dict[str, str]:

@@ -111,7 +111,8 @@ def _from_row(row: Any) -> dict[str, Any]:
         raise DataError(
             f"Row '{row.id}' has no demonstration, so there is nothing to imitate",
             expected="Row.demo for every row of the split 'train'",
-            fix="choose a task with demonstrations, or no warm start (model.warm_start=null)",
+            fix="take a real model (model=smollm2), name task.demo_column=, or do without the warm start of the tiny "
+            "model (model.warm_start=null)",
         )
     return {"prompt": row.prompt, "completion": row.demo}
 

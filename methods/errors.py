@@ -67,6 +67,18 @@ def check_range(where: str, value: float, least: float, most: float = float("inf
         raise ConfigError("a setting is out of range", where=where, got=value, expected=expected)
 
 
+def raised_at(error: BaseException) -> str:
+    """`file.py:12 in function`: the innermost place outside of Python's and installed libraries."""
+    import sysconfig
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (sysconfig.get_path("stdlib"), "<")
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(libraries)]
+    frame = (own or list(frames) or [None])[-1]
+    return "nowhere" if frame is None else f"{frame.filename}:{frame.lineno} in {frame.name}"
+
+
 def nearest(word: str, choices, limit: int = 3) -> str:
     """A hint such as ``did you mean 'ha_dw'?`` or an empty string."""
     import difflib

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from methods.base import Batch, Context, LossContext, Method, Trajectory
 from methods.controls import Control
-from methods.errors import ConfigError, nearest
+from methods.errors import ConfigError, RunError, nearest
 from methods.objectives.base import Objective
 
 NEEDS = frozenset({"old_logps", "entropies", "ref_logps", "hidden", "group_baseline"})
@@ -179,12 +180,13 @@ class Stack:
         finally:
             self.seconds[method.name] += time.perf_counter() - start - (self.service_seconds - service)
 
-    def _chain(self, hook: str, value: Any, ctx: Any) -> Any:
+    def _chain(self, hook: str, value: Any, ctx: Any, check: Callable[..., None] | None = None) -> Any:
         for method in self._callers[hook]:
             with self.timed(method):
                 value = getattr(method, hook)(value, ctx)
-            if value is None:
-                raise ConfigError(f"the hook `{hook}` of {method.name} returned None", fix="return the value it got")
+            _returned(method, hook, value)
+            if check is not None:
+                check(method, hook, value, ctx)
         return value
 
     def signal(self, ctx: Context, name: str, x: Tensor, within: Tensor | None) -> Tensor:
@@ -204,12 +206,14 @@ class Stack:
         if owner is None:
             return default(rows)
         with self.timed(owner):
-            return owner.rollout(rows, ctx, default)
+            trajs = owner.rollout(rows, ctx, default)
+        return _returned(owner, "rollout", trajs)
 
     def rewards(self, trajs: list[Trajectory], ctx: Context) -> None:
         for method in self._callers["rewards"]:
             with self.timed(method):
                 method.rewards(trajs, ctx)
+            _check_rewards(method, trajs, ctx)
 
     def token_rewards(self, trajs: list[Trajectory], ctx: Context) -> None:
         for method in self._callers["token_rewards"]:
@@ -223,13 +227,10 @@ class Stack:
         else:
             with self.timed(owner):
                 adv_ST = owner.base_advantages(ctx)
+            _check_advantages(owner, "base_advantages", adv_ST, ctx)
         assert ctx.batch is not None
         adv_ST = self.signal(ctx, "advantages", adv_ST, ctx.batch.group_S)
-        adv_ST = self._chain("advantages", adv_ST, ctx)
-        if adv_ST.shape != ctx.batch.adv_ST.shape:
-            raise ConfigError(
-                "advantages changed shape", got=tuple(adv_ST.shape), expected=str(tuple(ctx.batch.adv_ST.shape))
-            )
+        adv_ST = self._chain("advantages", adv_ST, ctx, _check_advantages)
         if self.methods and self.objective.ratio_level == "sequence":
             self._check_constant(adv_ST, ctx.batch.model_mask_ST, "advantages")
         return adv_ST
@@ -266,6 +267,9 @@ class Stack:
         for method in self._callers["extra_loss"]:
             with self.timed(method):
                 term = method.extra_loss(lctx)
+            if isinstance(term, Tensor) and term.dim():
+                what, got = f"the hook `extra_loss` of {method.name} gives one number", tuple(term.shape)
+                raise ConfigError(what, got=got, fix="take the sum or the mean")
             if term is not None:
                 loss = loss + term * (lctx.share / lctx.accumulation)
         return loss
@@ -278,11 +282,29 @@ class Stack:
     def eval_metrics(self, trajs: list[Trajectory], ctx: Context) -> dict[str, list[float]]:
         columns: dict[str, list[float]] = {}
         for method in self._callers["eval_metrics"]:
-            columns.update(method.eval_metrics(trajs, ctx))
+            for name, column in _returned(method, "eval_metrics", method.eval_metrics(trajs, ctx)).items():
+                count = len(column) if hasattr(column, "__len__") else None
+                if count != len(trajs):
+                    raise ConfigError(
+                        f"the hook `eval_metrics` of {method.name} gives one number per trajectory",
+                        where=name,
+                        got=repr(column)[:80] if count is None else f"{count} numbers",
+                        expected=f"a list of {len(trajs)}",
+                    )
+                columns[name] = list(column)
         return columns
 
     def metrics(self) -> dict[str, float]:
-        return {f"{m.name}/{k}": v for m in self._callers["metrics"] for k, v in m.metrics().items()}
+        """Every method's own values as plain numbers; ConfigError for anything else."""
+        found = {}
+        for method in self._callers["metrics"]:
+            for name, value in _returned(method, "metrics", method.metrics()).items():
+                value = value.tolist() if hasattr(value, "tolist") else value
+                if value is not None and not isinstance(value, (int, float)):
+                    what = f"the hook `metrics` of {method.name} gives numbers"
+                    raise ConfigError(what, where=name, got=repr(value)[:80])
+                found[f"{method.name}/{name}"] = value
+        return found
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent in each method since the last call, services excluded."""
@@ -304,3 +326,50 @@ class Stack:
         for method in self.methods:
             if method.name in states:
                 method.inherit(states[method.name])
+
+
+# ---- what a hook may return ----
+def _returned(method: Method, hook: str, value: Any) -> Any:
+    if value is None:
+        fix = "return the value it got" if hook not in ("metrics", "eval_metrics") else "return {} for none"
+        raise ConfigError(f"the hook `{hook}` of {method.name} returned None", fix=fix)
+    return value
+
+
+def _check_advantages(method: Method, hook: str, adv_ST: Any, ctx: Context) -> None:
+    """ConfigError for anything but a tensor of the batch's shape, RunError for one with NaN or infinities."""
+    assert ctx.batch is not None
+    where, expected = f"the hook `{hook}` of {method.name}", tuple(ctx.batch.adv_ST.shape)
+    if not isinstance(adv_ST, Tensor):
+        raise ConfigError("advantages are no tensor", where=where, got=type(adv_ST).__name__, expected=str(expected))
+    if tuple(adv_ST.shape) != expected:
+        raise ConfigError("advantages changed shape", where=where, got=tuple(adv_ST.shape), expected=str(expected))
+    if not bool(torch.isfinite(adv_ST).all()):
+        bad = int((~torch.isfinite(adv_ST)).sum())
+        raise RunError(
+            "advantages are not finite",
+            where=f"{where}, step {ctx.step}",
+            got=f"{bad} of {adv_ST.numel()} are NaN or infinite",
+            fix="look for a division by 0, such as the deviation of a group with equal rewards",
+        )
+
+
+def _check_rewards(method: Method, trajs: Sequence[Trajectory], ctx: Context) -> None:
+    """RunError for a reward that is no number or infinite, and where none is left: nothing could be learned."""
+    where, left = f"the hook `rewards` of {method.name}, step {ctx.step}", False
+    for t in trajs:
+        for name, value in t.rewards.items():
+            number = value if isinstance(value, (int, float)) else _as_number(value)
+            if number is None or number in (float("inf"), -float("inf")):
+                expected = "a finite number, or NaN where it does not apply"
+                raise RunError(f"the reward '{name}' cannot be used", where=where, got=repr(value), expected=expected)
+            left = left or number == number  # not NaN
+    if not left and any(t.rewards for t in trajs):
+        raise RunError("every reward of the batch is NaN", where=where, expected="at least one rollout with a reward")
+
+
+def _as_number(value: Any) -> float | None:
+    try:
+        return None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return None

@@ -53,10 +53,15 @@ def instantiate(node: Any, **more: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, AssayError):
             raise error.__cause__ from None
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        missing = isinstance(cause, ModuleNotFoundError)
         raise ConfigError(
             "A part of the configuration cannot be built",
-            where=str(node.get("_target_")),
-            got=" ".join(str(error).split()),
+            where=f"_target_: {node.get('_target_')}",
+            got=" ".join(str(cause).split("set env var")[0].split()).rstrip(","),
+            fix="put the folder that holds the module on PYTHONPATH, or mend its name" if missing else "",
         ) from error
 
 

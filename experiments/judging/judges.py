@@ -11,12 +11,13 @@ from experiments.judging import rubrics
 from experiments.judging.asking import Asker
 from experiments.judging.pairs import FAILED, UNPARSABLE, Question, Verdict
 from methods.cdrrm import prompts
-from methods.cdrrm.parsing import Rejected, winner
+from methods.cdrrm.parsing import Rejected, last_integer, rating, winner
 from methods.cdrrm.rubric import Rubric
 from methods.errors import ConfigError, check_range
 
 LETTER = 4  # tokens of an answer that has begun with the verdict line
 VERDICT = "Final Judgment\nWinner: Response"
+PARSERS = {"strict": rating, "official": last_integer}
 
 
 class Direct:
@@ -119,6 +120,67 @@ class ByRubric(Direct):
         if missing := given.count(None):
             self.asker.counts["no rubric: asked directly"] += missing
         return self.by_rubrics(questions, given)
+
+
+class Rating:
+    """Each response rated from 1 to 10 by itself: a score for every benchmark, RewardBench 2 and its Ties among them.
+
+    max_tokens: longest judgment of one response. analysis: as of `Direct`; false begins the answer with `Rating:`.
+    parser: `strict` reads the last rating line, of `8/10` the 8; `official` the integer that ends the answer, as
+    RewardBench 2 does (of `8/10` the 10). Equal ratings tie.
+    Degenerate: an answer without a readable rating is the score NaN (what it decides is wrong), a request that failed
+    makes its question FAILED; both are counted in `counts`.
+    """
+
+    name = "rating"
+    form: Literal["all"] = "all"
+    needs = "engine"
+    calls = 1  # of a question: the responses differ in number
+
+    def __init__(self, engine: Engine, max_tokens: int = 8192, analysis: bool = True, parser: str = "strict") -> None:
+        check_range("judge.by.max_tokens", max_tokens, 1)
+        if parser not in PARSERS:
+            expected = ", ".join(PARSERS)
+            raise ConfigError("Unknown way to read ratings", where="judge.by.parser", got=parser, expected=expected)
+        self.asker = Asker(engine, max_tokens if analysis else LETTER)
+        self.begun = "" if analysis else "Rating:"
+        self.read = PARSERS[parser]
+        self.progress: Progress = lambda count: None
+
+    @property
+    def counts(self) -> Counter[str]:
+        return self.asker.counts
+
+    def watch(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[Verdict]:
+        asked = [prompts.rating(q.item.prompt, response) for q in questions for response in q.responses]
+        self.asker.progress = _shared_out(self.progress, len(questions), len(asked))
+        results = iter(self.asker.ask(asked, self.begun))
+        for question in questions:
+            given = [next(results) for _ in question.slots]
+            texts = [self.begun + first_word(r.text) if self.begun else r.text for r in given]
+            told = "\n\n".join(f"[{slot}] {text}" for slot, text in enumerate(texts))
+            if any(result.finish == "error" for result in given):
+                yield Verdict(question, FAILED, told)
+                continue
+            scores = [self.read(text) for text in texts]
+            if missing := scores.count(None):
+                self.asker.counts["rating: none readable"] += missing
+            yield Verdict.of_scores(question, [float("nan") if s is None else s for s in scores], told)
+
+
+def _shared_out(progress: Progress, questions: int, requests: int) -> Progress:
+    """Tells `progress` of questions where requests are counted."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        before, done = done * questions // requests, done + count
+        progress(done * questions // requests - before)
+
+    return advance
 
 
 class RewardModel:

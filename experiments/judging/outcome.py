@@ -40,11 +40,11 @@ def record(cfg: DictConfig, file: Path, writer: Any, benchmark: Any) -> dict[str
 def pair_rows(verdicts: Verdicts) -> pd.DataFrame:
     """One row per pair: what an evaluation records.
 
-    score: credit over both orders where both were asked, else of the seeded order (ties and unparsable 1/2). tier: for
-    three styles (RM-Bench) hard where the chosen answer is the plainer one, normal, easy; else `all`. consistent: both
-    orders name the same answer. first: share of slot A among parsed verdicts. unparsable: share. gap: its mean is the
-    easy minus the hard accuracy. length: characters of the better answer. finish: `error` where a request failed, and
-    such a pair enters no figure of an evaluation.
+    score: credit over both orders where both were asked, else of the seeded order (ties and unparsable verdicts 1/2,
+    equal scores 0). tier: for three styles (RM-Bench) hard where the chosen answer is the plainer one, normal, easy;
+    else `all`. consistent: both orders name the same answer. first: share of slot A among parsed verdicts. unparsable:
+    share. gap: its mean is the easy minus the hard accuracy. length: characters of the better answer. finish: `error`
+    where a request failed, and such a pair enters no figure of an evaluation.
     """
     import pandas as pd
 

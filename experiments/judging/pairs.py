@@ -189,7 +189,7 @@ def questions(items: Iterable[Item], seed: int, form: Form = "pairs", orders: Or
                 "This benchmark is asked with all responses at once, and the judge compares pairs",
                 where=f"benchmark {item.benchmark}",
                 got="a judge of form 'pairs'",
-                fix="choose a judge with judge.by.form=all, or another benchmark",
+                fix="choose judge=rating or judge=reward_model (a control: judge.by.form=all), or another benchmark",
             )
         if form == "all":
             rng = np.random.default_rng(derive(seed, "slots", *item.key))

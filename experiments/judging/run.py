@@ -114,7 +114,13 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             "Profiles are contrasted by judge=cdrrm only", where="judge.by.writer", got=make.keywords.get("writer")
         )
-    instantiate(cfg.benchmark)
+    published = getattr(instantiate(cfg.benchmark), "format", None)
+    if cfg.judge.step == "filter" and published is not None and published.rows:
+        raise ConfigError(
+            "The step filter makes training rows, and rows of a published benchmark are never trained on",
+            where=f"benchmark={cfg.benchmark.name}",
+            fix="make them from pairs of your own (benchmark=pairs), or write rubrics only (judge.step=synthesise)",
+        )
     if make.keywords.get("generator"):
         _weights_of_generator(cfg)
     if getattr(make.func, "needs", "") == "engine":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -38,6 +37,11 @@ SHOWN = "d"  # the name of the one page that a turn sees
 def pairs(text: str) -> tuple[str, ...]:
     """`p0k3v2p1k0v1oe3` as `(p0k3v2, p1k0v1)`."""
     return tuple(PAIR.findall(text))
+
+
+@functools.lru_cache(maxsize=4096)
+def _shown(text: str) -> str:
+    return "".join(pairs(text))
 
 
 def key(pair: str) -> str:
@@ -190,7 +194,7 @@ def _shrink(memory: list[Entry], form: PairForm) -> None:
     """One step of the loop's own rule (methods/ziprl/loop.py): the oldest zip a level down, else gone."""
     for k, entry in enumerate(memory):
         if entry.zips[0].level > 1:
-            memory[k] = replace(entry, zips=(form.coarser(entry.zips[0]),))
+            memory[k] = entry._replace(zips=(form.coarser(entry.zips[0]),))
             return
     del memory[next(k for k, entry in enumerate(memory) if entry.zips[0].text)]
 
@@ -199,7 +203,8 @@ class Archive:
     """One episode's tools: each page can be opened once; pages beside the walk hold nothing that was asked."""
 
     def __init__(self, row: Row) -> None:
-        self.row, self.visits = row, Counter()
+        self.row = row
+        self.visits: dict[str, int] = {}
         self.tools: Mapping[str, Callable[..., str]] = {"open": self.open}
 
     def form(self, scale: Scale) -> PairForm:
@@ -208,17 +213,27 @@ class Archive:
     def open(self, entity: str) -> str:
         if entity not in ENTITIES:
             raise LookupError(f"there is no {entity}")
-        meta, visit = self.row.meta, self.visits[entity]
+        meta, visit = self.row.meta, self.visits.get(entity, 0)
         walk = meta["walk"]
         places = [t for t, e in enumerate(walk) if e == entity]
         if visit >= max(1, len(places)):
             raise LookupError(f"{entity} was opened before")
-        self.visits[entity] += 1
+        self.visits[entity] = visit + 1
         if places:
             t = places[visit]
             return _text(meta["written"][t]) + ("o" + walk[t + 1] if t + 1 < len(walk) else "f")
         rng = random.Random(derive(meta["noise"], entity))
         return _text(_page(meta["asked"], False, rng)) + "o" + rng.choice(ENTITIES)
+
+
+@functools.lru_cache(maxsize=4096)  # the rollouts of a group often write the same
+def _written(text: str) -> Written:
+    found = TURN.match(text)
+    assert found is not None  # everything in it is optional
+    zips = (Zip(SHOWN, int(found["level"]), found["pairs"]),) if found["level"] else ()
+    if found["open"]:
+        return Written(zips, ("open", found["open"]))
+    return Written(zips, None if found["finish"] is None else ("finish", found["finish"]))
 
 
 def _room(level: int, scale: Scale) -> int:
@@ -242,7 +257,7 @@ def _quality(text: str, level: int, written: str, key_asked: str, scale: Scale) 
         return NOTHING | {"relevance": 0.0}
     needed, asked = _wanted(text, key_asked, scale)
     info = len(asked & set(kept)) / len(asked) if asked else max(0.0, 1 - len(kept) / len(page))
-    sem = sum(p in page for p in kept) / len(kept) if kept else 1.0
+    sem = sum([p in page for p in kept]) / len(kept) if kept else 1.0
     ratio = scale.fit(len(kept) / len(page), level, len(page))
     fit = agreement(level, needed, scale.top)
     return scale.combine(ratio, fit, info, sem) | {"relevance": float(needed)}
@@ -268,8 +283,8 @@ class PairForm:
     ) -> tuple[str, str]:
         meta = self.row.meta
         # Of earlier pages only pairs are shown: what was compressed to nothing costs no prompt, and one action is left.
-        known = "".join(self._zip(z, entry) for entry in memory for z in entry.zips)
-        shown = "".join(f"{SHOWN}{d.text}" for d in documents)
+        known = "".join([self._zip(z, entry) for entry in memory for z in entry.zips])
+        shown = "".join([f"{SHOWN}{d.text}" for d in documents])
         start = "" if memory or documents else "o" + meta["walk"][0]
         prompt = f"q{known}{shown}{start}?{meta['asked']}"
         if last:
@@ -280,15 +295,10 @@ class PairForm:
     def _zip(zipped: Zip, entry: Entry) -> str:
         if zipped.text.startswith("error"):
             return "".join(re.findall(r"e\d+", entry.action)) + "error"
-        return _text(pairs(zipped.text))
+        return _shown(zipped.text)
 
     def parse(self, text: str) -> Written:
-        found = TURN.match(text)
-        assert found is not None  # everything in it is optional
-        zips = [Zip(SHOWN, int(found["level"]), found["pairs"])] if found["level"] else []
-        if found["open"]:
-            return Written(zips, ("open", found["open"]))
-        return Written(zips, None if found["finish"] is None else ("finish", found["finish"]))
+        return _written(text)
 
     def documents(self, result: str, first: int) -> list[Document]:
         return [Document(SHOWN, result)]
@@ -306,20 +316,20 @@ class PairForm:
         asked = self.row.meta["asked"]
         return f"!{asked}" + next((p for text in texts for p in pairs(text) if key(p) == asked), UNKNOWN)
 
-    def quality(self, document: Document, zipped: Zip) -> dict[str, float]:
-        return dict(_quality(document.text, zipped.level, zipped.text, self.row.meta["asked"], self.scale))
+    def quality(self, document: Document, zipped: Zip) -> Mapping[str, float]:
+        return _quality(document.text, zipped.level, zipped.text, self.row.meta["asked"], self.scale)
 
     def coarser(self, zipped: Zip) -> Zip:
         kept = pairs(zipped.text)
         if zipped.level <= 1:
             return zipped
-        return replace(zipped, level=zipped.level - 1, text=_text(kept[: self.scale.shorter(len(kept), zipped.level)]))
+        return zipped._replace(level=zipped.level - 1, text=_text(kept[: self.scale.shorter(len(kept), zipped.level)]))
 
     def cut(self, document: Document) -> Document:
         """Half of its pairs, and the action behind them."""
         page = pairs(document.text)
         action = document.text[len(_text(page)) :]
-        return replace(document, text=_text(page[: max(1, len(page) // 2)]) + action)
+        return document._replace(text=_text(page[: max(1, len(page) // 2)]) + action)
 
     def length(self, text: str) -> int:
         return len(pairs(text))

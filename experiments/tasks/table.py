@@ -203,7 +203,8 @@ class TableTask(Task):
         prompt, answer = cell("prompt"), self.answer_of(cell("answer"), record)
         for what, value in (("prompt", prompt), ("answer", answer)):
             if value is None or value == "" or value == []:
-                raise DataError(f"The {what} is empty", where=f"{where}, column '{columns[what]}'")
+                fix = f"fill it in or take the row out, or name another column with {self.config_key}.{what}_column="
+                raise DataError(f"The {what} is empty", where=f"{where}, column '{columns[what]}'", fix=fix)
         name = str(cell("id")) if cell("id") is not None else f"{bucket(json.dumps(record, default=str), 2**64):016x}"
         used = {columns["prompt"], columns["answer"], self.demo_column, columns["choices"]}
         meta = {key: value for key, value in record.items() if key not in used}

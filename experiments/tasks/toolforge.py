@@ -86,7 +86,11 @@ class ToolForge(Task):
         return Replay(row.meta["schemas"], row.meta["documents"], self.top_k)
 
     def score(self, text: str, row: Row) -> float:
-        """EM of the answer block; a last turn without one says nothing."""
+        """EM of the answer block; a last turn without one says nothing.
+
+        Differs from the formula in the paper's code: two texts whose normal forms are both empty (`the` and `a`) are
+        compared as they stand.
+        """
         return scorers.em(_answered(text), row.answer)
 
     def metrics(self, text: str, row: Row) -> dict[str, float]:

@@ -192,6 +192,19 @@ def chosen(wanted: str | list[str], by_domain: Mapping[str, Any], seed: int) -> 
     return str(names[seed % len(names)])
 
 
+def refuse_too_few(examples: Sequence[Example], demos: int) -> None:
+    """DataError unless there is a text that is none of the first `demos`, which are its demonstrations."""
+    first = [e.asked for e in examples[:demos]]
+    if all(e.asked in first for e in examples[demos:]):
+        raise DataError(
+            "There are too few texts: the first ones are demonstrations for the others",
+            where=f"domain {examples[0].domain}" if examples else "",
+            got=f"{len(examples)} texts",
+            expected=f"more than {demos} different ones",
+            fix="give more texts, or lower score.demos or score.source_demos",
+        )
+
+
 def cut(examples: Sequence[Example], characters: int) -> list[Example]:
     """Plain texts in pieces of at most `characters`, cut at blanks where there are any; questions as they are.
 

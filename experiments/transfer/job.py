@@ -26,7 +26,6 @@ from experiments.transfer.data import Data, Example
 from experiments.transfer.effects import Measured, by_accuracy, change, fine_tune, given_changes, measure
 from experiments.transfer.output import Scored
 from experiments.transfer.scoring import Scorer, keep_part, kept_part, part_file, selection
-from methods.errors import DataError
 from methods.sts.correlation import change_note
 from methods.sts.scores import PairSums, select
 
@@ -126,9 +125,6 @@ class Job:
 
     def _measured(self, scored: Any, scorer: Scorer) -> Any:
         """Each domain before, the fine-tune, each domain after; the latents that it shifted most."""
-        kinds = {by_accuracy(examples) for examples in self.data.domains.values()}
-        if len(kinds) > 1:
-            raise DataError("Some domains have options and others have none, so their changes cannot be compared")
         base_T: list[Any] = []
         before = self._values({"when": "before"}, base_T)
         tuned = {"when": "after", "sft": plain(self.cfg.sft), "device": self.device}
@@ -136,7 +132,7 @@ class Job:
         shifted, _ = self._part(
             {**self.made_from, **tuned, "of": "source"}, lambda: (self._shifted(scorer, base_T), None)
         )
-        accuracy = kinds == {True}
+        accuracy = all(by_accuracy(examples) for examples in self.data.domains.values())
         changes = {name: _change(before[name], after[name], self._chance(name)) for name in scored.domains}
         delta_s = torch.from_numpy(shifted["delta"])
         true = select(delta_s, len(scored.selection.latents)).latents if bool((delta_s > 0).any()) else None

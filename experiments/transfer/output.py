@@ -69,8 +69,12 @@ def rows(scored: Scored, seed: int, rank: str) -> list[dict[str, Any]]:
         row |= {"texts": len(part["tokens"]), "tokens": int(part["tokens"].sum()), "skipped": info["skipped"]}
         row["left_out"] = info["left_out"]
         found.append(row | ((scored.changes or {}).get(name) or {}))
-    by = rank if rank in found[0] else "act"  # a fine-tune that shifts nothing has no `tuned`
+    by = _ranking(found, rank)
     return sorted(found, key=lambda row: (-row[by], row["domain"]))
+
+
+def _ranking(table: Sequence[dict[str, Any]], rank: str) -> str:
+    return rank if rank in table[0] else "act"  # a fine-tune that shifts nothing has no `tuned`
 
 
 def intervals(part: dict[str, np.ndarray], clusters: Sequence[int]) -> list[stats.Interval]:
@@ -99,7 +103,7 @@ def write(
 ) -> None:
     """Write all files of a scoring into `folder`; domains are ranked, and a budget is shared, by the score `rank`."""
     table = rows(scored, seed, rank)
-    advice = mixture([row[rank] for row in table], budget) if budget else None
+    advice = mixture([row[_ranking(table, rank)] for row in table], budget) if budget else None
     checks = validation(table, None) if scored.changes else {}
     chosen = validation(table, extremes) if scored.changes and extremes else {}
     able = [row for row in table if not str(row.get("note")).startswith("near 0")]
@@ -137,8 +141,9 @@ def figures_of(folder: Path, rank: str) -> dict[str, float]:
     found = {"eval/latents": float(result["N"]), "eval/share": result["concentration"]}
     for name, check in result["validation"].items():
         found |= {f"eval/r/{name}": check["r"], f"eval/spearman/{name}": check["spearman"]}
-    if rank in result["validation"] and "overlap" in result:
+    if rank in result["validation"]:
         found |= {"eval/score": found[f"eval/r/{rank}"], "eval/spearman": found[f"eval/spearman/{rank}"]}
+    if "overlap" in result:
         found["eval/overlap"] = result["overlap"]
     return {name: math.nan if value is None else value for name, value in found.items()}
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from experiments.engines.build import instantiate
 from experiments.evaluate import is_done, sigterm_interrupts
-from methods.errors import ConfigError, check_range
+from methods.errors import ConfigError, DataError, check_range
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from experiments.transfer.data import Data
 
 RANKS = ("act", "icl", "released", "cosine", "random", "tuned")
 SETTINGS = {  # key: the least value
@@ -37,6 +39,7 @@ def run(cfg: DictConfig) -> Path:
         return path
     check(cfg)
     data = read(instantiate(cfg.domains), cfg.source, cfg.score.piece, int(cfg.seed))
+    _check_data(cfg, data)
     from experiments.transfer.job import Job
 
     with only_writer(path):
@@ -80,6 +83,24 @@ def check(cfg: DictConfig) -> None:
             fix="give sae.path=FOLDER, or sae.train=true to train one on these texts",
         )
     instantiate(cfg.domains)
+
+
+def _check_data(cfg: DictConfig, data: Data) -> None:
+    """Raises ConfigError and DataError for data that would be refused behind a part of the scoring."""
+    from experiments.transfer.data import refuse_too_few
+
+    refuse_too_few(data.source_examples, cfg.score.source_demos)
+    for examples in data.domains.values():
+        refuse_too_few(examples, cfg.score.demos)
+    if cfg.extremes and len(data.domains) < 2 * cfg.extremes:
+        raise ConfigError(
+            "There are too few domains to take the most and the least changed of",
+            where="extremes",
+            got=f"{cfg.extremes} of {len(data.domains)} domains",
+            expected=f"at most {len(data.domains) // 2}",
+        )
+    if cfg.measure and len({all(e.options for e in examples) for examples in data.domains.values()}) > 1:
+        raise DataError("Some domains have options and others have none, so their changes cannot be compared")
 
 
 def shown(cfg: DictConfig) -> str:

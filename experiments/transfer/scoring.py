@@ -20,7 +20,7 @@ from experiments.artefacts import cache_root, digest
 from experiments.capture import Capture, Passage, Vectors
 from experiments.files import os_errors, replace
 from experiments.passages import MOST_SKIPPED, Prompter
-from experiments.transfer.data import Example
+from experiments.transfer.data import Example, refuse_too_few
 from methods.errors import DataError
 from methods.sts.sae import SAE
 from methods.sts.scores import FeatureSums, PairSums, Selection, count_for_share, select
@@ -63,14 +63,7 @@ class Scorer:
 
         DataError if too few examples are there, or more than a fifth does not fit the context.
         """
-        if len(examples) <= demos:
-            raise DataError(
-                "There are too few texts: the first ones are demonstrations for the others",
-                where=f"domain {examples[0].domain}" if examples else "",
-                got=f"{len(examples)} texts",
-                expected=f"more than {demos}",
-                fix="give more texts, or lower score.demos or score.source_demos",
-            )
+        refuse_too_few(examples, demos)
         first = [e.asked for e in examples[:demos]]
         prompter = self.plain if examples[0].is_text else self.prompter
         found, left, skipped = [], tokens, 0

@@ -15,6 +15,10 @@ MARKER = re.compile(r"final\s+judge?ment", re.IGNORECASE)
 LINE = re.compile(r"^(?:_|[^\w\n])*(?i:winner)(?:(?:_|[^\w\n])*:|(?=(?:_|[^\w\n])*(?i:response)\b))(.*)$", re.MULTILINE)
 NAMED = re.compile(r"(?:_|\W)*(?i:response)[\W_]+([AB])(?!_*[^\W_])")
 ALSO = re.compile(r"[^\w/|&]*(?:[/|&]|(?i:or|and)\b)\W*(?:(?i:winner)\W*)?(?:(?i:response)\W*)?([AB])\b")
+# A line that begins with `Rating:`, whatever decorates it; a number on it, and out of how many.
+RATED = re.compile(r"^(?:_|[^\w\n])*(?i:rating)(?:_|[^\w\n])*?:[\s*_\[(]*(.*)$", re.MULTILINE)
+NUMBER = re.compile(r"(\d+(?:\.\d+)?)(?:\s*(?:/|(?i:out\s+of))\s*(\d+))?(?![\w/-])")
+SCALE = 10
 
 
 class Rejected(ValueError):
@@ -68,6 +72,27 @@ def winner(text: str) -> int | None:
         return None
     also = ALSO.match(lines[-1], named.end())
     return None if also and also[1] != named[1] else "AB".index(named[1])
+
+
+def rating(text: str) -> float | None:
+    """The number from 1 to 10 on the last line `Rating: N`, of `8/10` or `8 out of 10` the 8; else None.
+
+    A thinking block is left out. A text that is nothing but the number counts as such a line; where the last line
+    gives no number of that scale, no earlier one decides.
+    Differs from RewardBench 2's own parser (`last_integer`), which reads 10 in `8/10`.
+    """
+    said = without_thinking(text).strip()
+    lines = RATED.findall(said)
+    found = NUMBER.match(lines[-1]) if lines else NUMBER.fullmatch(said)
+    if found is None or int(found[2] or SCALE) != SCALE or not 1 <= float(found[1]) <= SCALE:
+        return None
+    return float(found[1])
+
+
+def last_integer(text: str) -> float | None:
+    """The integer that a text ends with, if it is 1 to 10: how RewardBench 2 reads ratings, for comparison with it."""
+    found = re.search(r"(\d+)\s*$", text)
+    return float(found[1]) if found and len(found[1]) <= 2 and 1 <= int(found[1]) <= SCALE else None
 
 
 def text_of(record: dict, key: str, what: str) -> str:

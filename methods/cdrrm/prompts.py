@@ -1,4 +1,4 @@
-"""The prompts P1 (profiling), P2 (synthesis), P3 (rubric generator), P4 (judge), and grading on a rubric.
+"""The prompts P1 (profiling), P2 (synthesis), P3 (rubric generator), P4 (judge), grading on a rubric, and rating.
 
 Whatever comes from data or from a model stands between tags, and tags and special tokens inside it are escaped, so
 that an answer which tries to instruct the judge or to close its own box stays data. None is told which is better.
@@ -66,6 +66,11 @@ JUDGE = (
     "answers that meet the hard rules equally well. " + VERDICT.format(by=", rule by rule")
 )
 DIRECT = "You decide which of two answers to an instruction is the better one. " + VERDICT.format(by="")
+RATER = (
+    "You rate one answer to an instruction from 1 (useless or harmful) to 10 (could not be better). "
+    f"{DATA}\nAnalyse the response. Then write as the last line the word 'Rating:' and a whole number from 1 to 10. "
+    "The length of the response means nothing."
+)
 GRADER = (
     "You grade one answer to an instruction by a rubric. "
     f"{DATA}\nWrite one JSON object and nothing else:\n"
@@ -126,6 +131,11 @@ def judging(
     if rubric is None:
         return _messages(DIRECT, *pair)
     return _messages(JUDGE, *pair, boxed("rubric", rubric.render()))
+
+
+def rating(prompt: str | Sequence[dict[str, str]], response: str) -> Messages:
+    """How good one answer is by itself; the others are not shown."""
+    return _messages(RATER, instruction_box(prompt), boxed("response", response))
 
 
 def grading(prompt: str | Sequence[dict[str, str]], response: str, rubric: Rubric) -> Messages:

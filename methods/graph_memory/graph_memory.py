@@ -140,6 +140,13 @@ class GraphMemory(Method):
     def _with_and_without(self, rows: list[Any], ctx: Context) -> list[Any]:
         """The group of each question: as it is, and from the second stage on its latter half with one strategy."""
         G, self._tried = ctx.group_size, None
+        if G < 2:
+            raise ConfigError(
+                "a strategy is tried on one part of a group and left out of the other",
+                where="trainer.rollouts_per_prompt",
+                got=G,
+                expected="at least 2",
+            )
         texts = [""] * len(rows)
         if not self._building(len(rows), ctx) and self.store.strategies:
             activation = self.store.activate(_embedded(rows, ctx), self.neighbours)

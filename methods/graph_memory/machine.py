@@ -19,7 +19,7 @@ MOVES = {
 }
 STATES = {"tool_result": ANALYSIS, "tool_call": TOOL, "answer": ANSWER}  # `think` depends on what came before
 MOST_LOOPS = 3
-THOUGHT = "<think>"
+THOUGHT = ("<think>", "</think>")  # some chat templates open the block themselves, so that only its end is written
 
 Path = tuple[str, ...]
 
@@ -60,7 +60,7 @@ def events(traj: Trajectory, texts: Iterable[str]) -> list[str]:
     found = []
     for i, (turn, text) in enumerate(zip(traj.turns, texts, strict=True)):
         cut = traj.finish != "stop" and i == len(traj.turns) - 1
-        if THOUGHT in text:
+        if any(mark in text for mark in THOUGHT):
             found.append("think")
         if turn.kind == "call":
             found += ["tool_call"] + ["tool_result"] * (turn.result is not None)

@@ -181,10 +181,10 @@ def extremes(changes: Sequence[float], k: int = 4) -> list[int]:
 def change_note(before: float, after: float, items: int, chance: float = 0.0) -> str:
     """What one domain's accuracies can say at all, or an empty string.
 
-    A change below twice the sampling error sqrt(p (1 - p) / items) of the accuracy before is no detectable change; an
-    accuracy within that error of 0 or of `chance` cannot drop.
+    A change of at most twice the sampling error sqrt(p (1 - p) / items) of the accuracy before is no detectable
+    change; an accuracy within that error of 0 or of `chance` cannot drop.
     """
     error = 2 * math.sqrt(before * (1 - before) / items) if items > 0 else math.inf
     if before <= error or before <= chance + error:
         return "near 0 or chance before training: it cannot drop"
-    return "no detectable change" if abs(after - before) < error else ""
+    return "no detectable change" if abs(after - before) <= error else ""

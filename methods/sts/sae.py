@@ -148,7 +148,7 @@ class SAE(nn.Module):
             mean_T1 = z_Td.mean(-1, keepdim=True)
             std_T1 = (z_Td - mean_T1).std(-1, keepdim=True)
             return (z_Td - mean_T1) / (std_T1 + _EPS), std_T1, mean_T1
-        norm_T1 = z_Td.norm(dim=-1, keepdim=True) / self.width**0.5
+        norm_T1 = (z_Td.norm(dim=-1, keepdim=True) / self.width**0.5).clamp(min=1e-12)  # a zero vector stays one
         return z_Td / norm_T1, norm_T1, 0.0
 
     @torch.no_grad()

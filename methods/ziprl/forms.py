@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from methods.ziprl.quality import NAMES, Scale, quality, relevance, words
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A raw text that a tool brought; it is shown in one prompt only."""
 
     id: str
     text: str
 
 
-@dataclass(frozen=True)
-class Zip:
+class Zip(NamedTuple):
     """What the model kept of a document, at the level that it chose."""
 
     id: str
@@ -27,8 +25,7 @@ class Zip:
     text: str
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One earlier turn in memory: the action that brought its documents, and their zips."""
 
     action: str
@@ -38,7 +35,7 @@ class Entry:
 class Written(NamedTuple):
     """A turn as it was read: zips in order, and (tool, argument), None where there is no action."""
 
-    zips: list[Zip]
+    zips: Sequence[Zip]
     action: tuple[str, str] | None
 
 
@@ -60,7 +57,7 @@ class Form(Protocol):
         """A tool's result as documents, named from number `first` on."""
         ...
 
-    def quality(self, document: Document, zipped: Zip) -> dict[str, float]:
+    def quality(self, document: Document, zipped: Zip) -> Mapping[str, float]:
         """ratio, level, info, sem, com, and relevance (NaN where it is unknown)."""
         ...
 
@@ -183,11 +180,11 @@ class TextForm:
             return zipped
         parts = zipped.text.split()
         kept = parts[: self.scale.shorter(len(parts), zipped.level)]
-        return replace(zipped, level=zipped.level - 1, text=" ".join(kept))
+        return zipped._replace(level=zipped.level - 1, text=" ".join(kept))
 
     def cut(self, document: Document) -> Document:
         half = len(document.text) // 2
-        return replace(document, text=document.text[:half]) if half else document
+        return document._replace(text=document.text[:half]) if half else document
 
     def length(self, text: str) -> int:
         return len(words(text))

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from methods.base import Context, Segment, Trajectory, Turn
@@ -109,9 +109,10 @@ class Loop:
 
     @staticmethod
     def _encode(asked: list[tuple[str, str]], ctx: Context) -> list[tuple[list[int], str]]:
-        texts = list(dict.fromkeys(text for text, _ in asked))  # the first turns of a group are equal
+        texts = list(dict.fromkeys([text for text, _ in asked]))  # the first turns of a group are equal
         ids_of = dict(zip(texts, ctx.encode(texts) if texts else [], strict=True))
-        begun = {o: ctx.tokenizer(o, add_special_tokens=False)["input_ids"] if o else [] for _, o in asked}
+        openings = {opening for _, opening in asked}
+        begun = {o: ctx.tokenizer(o, add_special_tokens=False)["input_ids"] if o else [] for o in openings}
         return [([*ids_of[text], *begun[opening]], opening) for text, opening in asked]
 
     def _shrink(self, e: Episode) -> bool:
@@ -121,14 +122,14 @@ class Loop:
                 for j, zipped in enumerate(entry.zips):
                     if zipped.level > 1:
                         zips = (*entry.zips[:j], e.form.coarser(zipped), *entry.zips[j + 1 :])
-                        e.memory[k] = replace(entry, zips=zips)
+                        e.memory[k] = entry._replace(zips=zips)
                         e.events["overflow_cut"] += 1
                         return True
         if e.memory:
             for k, entry in enumerate(e.memory):
                 if any(zipped.text for zipped in entry.zips):
                     j = next(j for j, zipped in enumerate(entry.zips) if zipped.text)
-                    e.memory[k] = replace(entry, zips=entry.zips[:j] + entry.zips[j + 1 :])
+                    e.memory[k] = entry._replace(zips=entry.zips[:j] + entry.zips[j + 1 :])
                     break
             else:
                 del e.memory[0]
@@ -191,7 +192,7 @@ class Loop:
         for d in e.documents:
             zipped = given.pop(d.id, None) or Zip(d.id, 0, "")
             if self.compression == "uniform" and zipped.level:
-                zipped = replace(zipped, level=self.level)
+                zipped = zipped._replace(level=self.level)
             good = 1 <= zipped.level <= 5
             judged.append(e.form.quality(d, zipped) if good else NOTHING | {"relevance": float("nan")})
             kept.append(zipped if good and zipped.text else Zip(d.id, 1, ""))
@@ -228,10 +229,10 @@ class Loop:
 
 def _first_parameter(tool: Callable[..., Any]) -> str:
     # Every episode has methods of an environment of its own: they share the function, which is read once.
-    names = _parameters(tool.__func__)[1:] if inspect.ismethod(tool) else tuple(inspect.signature(tool).parameters)
-    return names[0] if names else "argument"
+    return _parameter(tool.__func__, 1) if inspect.ismethod(tool) else _parameter.__wrapped__(tool, 0)
 
 
 @functools.lru_cache(maxsize=64)
-def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
+def _parameter(function: Callable[..., Any], place: int) -> str:
+    names = tuple(inspect.signature(function).parameters)[place:]
+    return names[0] if names else "argument"

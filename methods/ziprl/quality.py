@@ -25,7 +25,7 @@ STOP_WORDS = frozenset(STOPS.split())
 cached = functools.lru_cache(maxsize=512)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # known by identity: a hash of all its numbers takes as long as a look-up saves
 class Scale:
     """The five levels, each with the interval of length / source length that it permits, and the weights of Q_com.
 
@@ -91,9 +91,9 @@ class Scale:
         return max(1, math.floor(length * self.interval(level - 1)[1] / self.interval(level)[1]))
 
     def combine(self, ratio: float, level: float, info: float, sem: float) -> dict[str, float]:
-        parts = (ratio, level, info, sem)
-        com = sum(w * q for w, q in zip(self.weights, parts, strict=True))
-        return dict(zip(PARTS, (*parts, com), strict=True))
+        a, b, c, d = self.weights
+        com = a * ratio + b * level + c * info + d * sem
+        return {"ratio": ratio, "level": level, "info": info, "sem": sem, "com": com}
 
 
 def gap(x: float, low: float, high: float) -> float:

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from cli.compose import all_keys, compose, compose_full
+from cli.compose import all_keys, compose, compose_full, parse
 from methods.errors import ConfigError
 
 
@@ -156,3 +156,25 @@ def test_an_existing_path_needs_no_quotes(conf, tmp_path, name):
     assert compose("train", ["task=file", f"task.path={path}"]).task.path == str(path)
     with pytest.raises(ConfigError):
         compose("train", ["task=file", f"task.path={path}=missing,x"])
+
+
+@pytest.mark.parametrize("name", ["a=b,c.py", "with space.py", "it's.py", "größe.py"])
+def test_the_path_of_a_reward_file_needs_no_quotes_either(conf, tmp_path, name):
+    (tmp_path / name).write_text("def score(completions, rows):\n    return [1.0 for _ in completions]\n")
+    assert compose("train", [f"reward={tmp_path / name}:score"]).reward[0].function == f"{tmp_path / name}:score"
+
+
+def test_letters_beyond_ascii_need_no_quotes(conf):
+    assert compose("train", ["name=größe", "task=file", "task.path=数据/файл.csv"]).name == "größe"
+
+
+def test_a_long_list_of_values_is_no_path(conf):
+    parsed = parse(["seed=" + ",".join(map(str, range(100)))])
+    assert len(list(parsed[0].sweep_iterator())) == 100
+
+
+def test_a_reward_file_without_its_function_says_how_to_name_it(conf):
+    (conf / "reward").mkdir()
+    (conf / "reward" / "task.yaml").write_text("[]")
+    with pytest.raises(ConfigError, match=r"reward=mine\.py:FUNCTION"):
+        compose("train", ["reward=mine.py"])

@@ -144,3 +144,24 @@ def test_a_folder_that_hides_a_package_is_named(tmp_path):
     line = [sys.executable, "-c", code]
     result = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and str(tmp_path / "methods") in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_run_goes_on_in_the_folder_it_was_started_in(tmp_path, monkeypatch, capsys):
+    """Its data and reward files may be named from there, whatever folder --resume is said in."""
+    from omegaconf import OmegaConf
+
+    from experiments import run
+    from experiments.recording import open_record, run_folder
+
+    home, other = tmp_path / "home", tmp_path / "other"
+    home.mkdir(), other.mkdir()
+    monkeypatch.chdir(home)
+    base = {"results_dir": "results", "experiment": "x", "arm": "a", "seed": 0, "model": {}}
+    folder = run_folder(OmegaConf.create(base))
+    open_record(folder, OmegaConf.create(base), "eval")
+    seen = []
+    monkeypatch.setattr(run, "check", lambda cfg: None)
+    monkeypatch.setattr(run, "run", lambda cfg: seen.append((os.getcwd(), run_folder(cfg).resolve())) or folder)
+    monkeypatch.chdir(other)
+    code, _, _ = call("train", "--resume", f"../home/{folder}", capsys=capsys)
+    assert code == 0 and seen == [(str(home), home / folder)]

@@ -122,6 +122,12 @@ def test_a_sweep_over_an_experiment_marks_its_arms(conf):
     assert made == [f"{arm},trainer.learning_rate={rate}/seed0" for arm in ("plain", "alpha") for rate in (0.1, 0.2)]
 
 
+def test_long_swept_values_fit_a_file_system_too(conf):
+    words = ["trainer.schedule=" + "a" * 300 + "," + "a" * 300 + "b"]
+    made = labels("experiment=duel", "arms=[plain]", "seeds=[0]", *words, multirun=True)
+    assert len(set(made)) == 2 and all(len(label) < 200 for label in made)
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -137,6 +143,7 @@ def test_a_sweep_over_an_experiment_marks_its_arms(conf):
         (["arms=[alpha]"], "belongs to an experiment"),
         (["jobs=0"], "jobs"),
         (["name=a/b"], "no slash"),
+        (["name=" + "x" * 300], "255 bytes"),
     ],
 )
 def test_mistakes_in_an_experiment_line(conf, words, part):

@@ -390,3 +390,11 @@ def test_request_is_what_engines_get():
     engine = Scripted({row.prompt: right(row) for row in ROWS})
     scoring.evaluate(engine, Adding(), ROWS)
     assert all(isinstance(request, Request) for request in engine.asked)
+
+
+def test_one_item_has_no_interval_and_says_so():
+    import pandas as pd
+
+    row = {"split": "eval", "item_id": "a", "sample": 0, "score": 1.0, "length": 8.0, "tier": "all", "finish": "stop"}
+    text = scoring.table(pd.DataFrame([row]))
+    assert re.search(r"length +8\.000  \(one item\)", text) and "nan" not in text

@@ -88,7 +88,8 @@ def test_refusals(monkeypatch):
         ["generation=vllm_colocate", "generation.correction=token_mask", "objective=gspo"]
     )
     assert "sequence_truncate" in refused(["generation=vllm_colocate", "generation.correction=bad"])
-    assert "clip_max" in refused(["generation=vllm_server", "generation.clip_max=-1"])
+    for bound in (-1, 0):
+        assert "clip_max" in refused(["generation=vllm_server", f"generation.clip_max={bound}"])
     for method, task in (("srft", "addition"), ("graph_memory", "procedures")):
         assert method in refused(["generation=vllm_server", f"method=[{method}]", f"task={task}"])
     monkeypatch.setattr(generation, "find_spec", lambda name: None)

@@ -371,6 +371,7 @@ def test_ten_thousand_pairs_in_flat_memory(tmp_path):
     assert found["Overall"]["both"].items == 10_000
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_verdicts_in_under_a_second(tmp_path):
     rng = np.random.default_rng(0)
     names = list(V1_ROWS)

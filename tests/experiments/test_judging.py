@@ -13,7 +13,7 @@ import pytest
 from experiments.engines.base import BaseEngine, Result, Usage, failed
 from experiments.engines.cache import CachedEngine
 from experiments.judging import run as running
-from experiments.judging.judges import ByRubric, Direct
+from experiments.judging.judges import ByRubric, Direct, Rating
 from experiments.judging.pairs import FAILED, UNPARSABLE, Item, Question, questions
 from methods.errors import AssayError, ConfigError, RunError
 
@@ -152,8 +152,63 @@ def test_a_verdict_alone():
     assert engine.asked[0][-1] == {"role": "assistant", "content": "Final Judgment\nWinner: Response"}
 
 
+class Rater(Program):
+    """Rates an answer by the digits in it, `?` where there is none."""
+
+    def answer(self, system, user):
+        found = re.search(r"\d+", boxes(user["content"])["response"])
+        return f"Fine.\nRating: {found[0] if found else '?'}/10"
+
+
+def best_of_four(name: str, *answers: str) -> Item:
+    return Item(name, "rewardbench2", "Focus", "do it", answers, (1, 0, 0, 0))
+
+
+def test_a_rating_judge_scores_lists():
+    items = [best_of_four("0", "an 8", "a 3", "a 2", "a 1"), best_of_four("1", "a 5", "a 5 too", "a 2", "mute")]
+    items.append(Item("tied:4", "rewardbench2", "Ties", "which", ("7", "6", "2"), (1, 1, 0)))
+    judge, told = Rating(Rater()), []
+    judge.watch(told.append)
+    found = list(running.in_order(judge, questions(items, 0, judge.form)))
+    by_slot = [[v.scores[v.question.slots.index(k)] for k in range(len(v.scores))] for v in found]
+    assert by_slot[0] == [8, 3, 2, 1] and by_slot[2] == [7, 6, 2]
+    assert by_slot[1][:3] == [5, 5, 2] and by_slot[1][3] != by_slot[1][3]  # NaN
+    assert [v.choice for v in found] == [found[0].question.gold, UNPARSABLE, found[2].question.slots.index(0)]
+    assert judge.counts == {"rating: none readable": 1} and sum(told) == len(items)
+    # Each answer is asked about by itself: the others are not in the prompt.
+    assert len(judge.asker.engine.asked) == 11
+    assert not any("3" in prompt[1]["content"] and "8" in prompt[1]["content"] for prompt in judge.asker.engine.asked)
+    lost = Rating(Rater(broken="a 3"))
+    assert [v.choice for v in running.in_order(lost, questions(items[:1], 0, lost.form))] == [FAILED]
+    assert lost.counts == {"request failed: the prompt fills the context": 1}
+    loose = Rating(Rater(), parser="official")
+    assert [v.scores for v in running.in_order(loose, questions(items[:1], 0, loose.form))] == [(10,) * 4]
+
+
+def test_a_rating_judge_is_scored_on_rewardbench_2(configured, tmp_path):
+    texts = ["an 8", "a 3", "a 2", "a 1"]
+    rows = [{"id": k, "subset": s, "prompt": f"do {s}{k}", "chosen": texts[:1], "rejected": texts[1:]}
+            for s in ("Factuality", "Focus") for k in range(3)]  # fmt: skip
+    rows += [{"id": f"{kind}:0", "subset": "Ties", "prompt": kind, "chosen": right, "rejected": ["1"]}
+             for kind, right in (("ref", ["9"]), ("tied", ["9", "9 or so"]))]  # fmt: skip
+    words = [
+        "judge=rating",
+        "benchmark=rewardbench2",
+        "benchmark.official=false",
+        f"benchmark.path={tmp_path}/pairs.jsonl",
+    ]
+    path = running.run(configured(Rater(), *words, rows=rows))
+    line = next(x for x in (path / "table.md").read_text().splitlines() if x.startswith("| rating"))
+    assert "| 1.010 (" in line and "| 1.003 [" in line  # the perfect Ties, and the mean with two subsets of 1
+
+
 def test_settings_are_checked():
-    for make in (lambda: Direct(Program(), max_tokens=0), lambda: ByRubric(Program(), writer="two_step")):
+    for make in (
+        lambda: Direct(Program(), max_tokens=0),
+        lambda: ByRubric(Program(), writer="two_step"),
+        lambda: Rating(Program(), parser="loose"),
+        lambda: Rating(Program(), max_tokens=0),
+    ):
         with pytest.raises(ConfigError):
             make()
 
@@ -280,6 +335,15 @@ def test_the_filter_keeps_rubrics_that_recover_the_label(configured):
     earlier.arm = "two"
     running.run(earlier)
     assert not engine.asked  # the earlier step had asked it all
+
+
+def test_a_published_benchmark_makes_no_training_rows(configured, tmp_path):
+    words = ["benchmark=rewardbench", "benchmark.official=false", f"benchmark.path={tmp_path}/pairs.jsonl"]
+    row = {"id": 1, "subset": "mt-bench-hard", "prompt": "do 1", "chosen": "good 1", "rejected": "bad one 1"}
+    with pytest.raises(ConfigError, match="never trained on"):
+        running.run(configured(Program(), "judge.step=filter", *words, rows=[row]))
+    path = running.run(configured(Program(), "judge.step=synthesise", *words, rows=[row]))
+    assert len(lines(path / "rubrics.jsonl")) == 1
 
 
 def test_a_filter_that_keeps_nothing_says_why(configured):

@@ -9,6 +9,7 @@ from experiments.judging.bias import said
 from experiments.judging.controls import ControlJudge
 from experiments.judging.credit import arrays
 from experiments.judging.figures import _length, by_length, confusion
+from experiments.judging.outcome import pair_rows
 from experiments.judging.pairs import UNPARSABLE, Item, Question, Verdict, ask, questions, read_verdicts, write_verdicts
 from experiments.judging.table import markdown, measure, report, safe, trivial, with_trivial
 from experiments.tasks.constraint_world import ConstraintBenchmark
@@ -99,3 +100,19 @@ def test_one_page_tells_of_differences(tmp_path):
     rows = [measure(table(tmp_path, rule)[0], rule) for rule in ("longer", "oracle")]
     page = markdown(rows)
     assert "## oracle minus longer, on the same items" in page and "## Every number of longer" in page
+
+
+@pytest.mark.parametrize("form", ["pairs", "all"])
+def test_an_evaluation_names_the_levels_of_the_styles(tmp_path, form):
+    """hard: the chosen answer is of the plainer style; the longer one wins all of the easy pairs and none of those."""
+    texts = ("a", "aaa", "aaaaa", "b", "bbb", "bbbbb")
+    items = [Item(f"chat/{k}", "rm_bench", "chat", f"p{k}", texts, (1, 1, 1, 0, 0, 0)) for k in range(4)]
+    file = tmp_path / "verdicts.parquet"
+    judge = ControlJudge("longer", form=form)
+    write_verdicts(file, ask(judge, questions(items, 0, form)), {"judge": "longer"})
+    frame = pair_rows(arrays(read_verdicts(file)))
+    assert frame.groupby("tier")["score"].agg(["mean", "size"]).to_dict("index") == {
+        "easy": {"mean": 1.0, "size": 12}, "hard": {"mean": 0.0, "size": 12},
+        "normal": {"mean": 0.5 if form == "pairs" else 0.0, "size": 12},
+    }  # fmt: skip
+    assert frame["gap"].mean() == pytest.approx(1.0)

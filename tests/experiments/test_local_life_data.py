@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -49,7 +50,9 @@ def test_the_path_of_the_sheet():
     [
         ("A（路1号，评分4.5）", Mention("A", "路1号", 4.5)),
         ("A(Road 1，评分4.5，营业周一至周五10:00-22:00，周末10:00-23:00)",
-         Mention("A", "Road 1", 4.5, None, "周一至周五10:00-22:00", "周末10:00-23:00")),
+         Mention("A", "Road 1", 4.5, None, "周一至周五10:00-22:00,周末10:00-23:00")),
+        ("B（路1号，营业11:00-14:00，17:00-次日2:00，人均￥1,280，夜宵11:00起）",
+         Mention("B", "路1号", None, (1280, 1280), "11:00-14:00,17:00-次日2:00", "夜宵11:00起")),
         ("健身房（路3号，人均￥60，营业24小时）", Mention("健身房", "路3号", None, (60, 60), "00:00-24:00")),
         ("台球（路4号，每小时38元，11:00-14:00,17:00-22:00）",
          Mention("台球", "路4号", None, (38, 38), "11:00-14:00,17:00-22:00")),
@@ -102,6 +105,8 @@ def test_a_folder_gives_everything_back_and_the_same_bytes(source, tmp_path):
     assert (loaded.world.events, loaded.world.facts) == (source.world.events, source.world.facts)
     splits = [{q.city for q in loaded.of_split(split)} for split in ("train", "eval", "test")]
     assert all(splits) and not set.intersection(*splits) and len(set.union(*splits)) == 3
+    with pytest.raises(ConfigError, match="merchants of its own"):  # and not silently those of the folder
+        of_path(str(first), "merchants.jsonl")
     with pytest.raises(ConfigError, match="not empty"):
         data.save(source.world, source.questions, first)
 
@@ -182,15 +187,31 @@ def test_the_first_version_has_neither_hop_count_nor_difficulty(tmp_path):
     assert (question.hops, question.level) == (2, "all")
 
 
-def test_a_merchant_file_keeps_what_is_malformed(tmp_path):
-    odd = {"name": "铜锅记", "avg_price": "￥80/人", "business_hours": "看心情", "tags": ["a", "b"]}
+def test_a_hop_count_may_be_empty_but_is_no_word(tmp_path):
+    rows = [_row(**{"Hop Count": None, "Difficulty": None}), _row(**{"Hop Count": 3})]  # a column of floats with a NaN
+    questions = of_path(_write(tmp_path / "q.parquet", rows)).questions
+    assert [(q.hops, q.level) for q in questions] == [(2, "all"), (3, "L3")]
+    for i, count in enumerate((math.nan, "three", -2, [1])):
+        path = _write(tmp_path / f"{i}.jsonl", [_row(), _row(**{"Hop Count": count})])
+        if count != count:
+            assert of_path(path).questions[1].hops == 2
+            continue
+        with pytest.raises(DataError, match=r"whole number.*row 2"):
+            of_path(path)
+
+
+def test_a_merchant_file_keeps_what_is_malformed(tmp_path, capsys):
+    odd = {"name": "铜锅记", "avg_price": "￥1,280/人", "business_hours": "看心情", "tags": ["a", "b"]}
     plain = {"name": "B", "rating": 4.5, "x": "1.5", "y": 2, "business_hours": "10:00-22:00"}
     rows = [{"id": f"poi_wh_{i}", "city": "武汉"} | row for i, row in ((1, odd), (2, plain))]
     world = of_path(_write(tmp_path / "q.jsonl", [_row()]), _write(tmp_path / "m.jsonl", rows)).world
     first = world.merchant("poi_wh_1")
-    assert (first.avg_price, first.business_hours, first.tags, first.hours) == (80.0, "看心情", "a, b", None)
+    assert (first.avg_price, first.business_hours, first.tags, first.hours) == (1280.0, "看心情", "a, b", None)
     assert world.unreadable_hours == ["poi_wh_1"] and world.without_coordinates == ["poi_wh_1"]
-    assert world.merchant("poi_wh_2").x == 1.5 and world.raw["poi_wh_1"]["avg_price"] == "￥80/人"
+    said = capsys.readouterr().err
+    assert "opening hours cannot be read (never open): poi_wh_1" in said
+    assert "without coordinates (near nothing): poi_wh_1" in said
+    assert world.merchant("poi_wh_2").x == 1.5 and world.raw["poi_wh_1"]["avg_price"] == "￥1,280/人"
     with pytest.raises(DataError, match="no city"):
         release.merchants_of(_write(tmp_path / "n.jsonl", [{"id": "poi_1", "name": "A"}]))
 

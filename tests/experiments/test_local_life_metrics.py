@@ -84,6 +84,14 @@ def test_caps_of_the_worked_example():
     assert metrics.faithfulness(["poi_1"], worst, records, {"poi_1"}) == 0
 
 
+@pytest.mark.parametrize(
+    "query, ratio",
+    [("abcdefghixyzw", 1), ("abcdefghixyzwv", 0)],  # 18 / 25, just enough, and 18 / 26
+)
+def test_the_least_similarity_of_a_hop(query, ratio):
+    assert hop_coverage(["abcdefghijkl"], [Call("rag", query, found=("poi_1",))]).ratio == ratio
+
+
 def test_a_price_range_holds_what_lies_in_it():
     records = {"poi_1": {"price": (80.0, 150.0)}}
     for price, score in ((80, 10), (120, 10), (150, 10), (154, 8), (60, 4)):
@@ -118,6 +126,31 @@ def test_claims_belong_to_the_id_that_they_stand_near():
         (second, "rating"): 4.0,
         (second, "hours"): frozenset({(480, 1560)}),
     }
+
+
+@pytest.mark.parametrize(
+    "said, price",
+    [
+        ("about 0.5 km away, price: 98", [98.0]),
+        ("约3公里，人均100元", [100.0]),
+        ("open around 18:00, about 10 minutes on foot", []),
+        ("average rating 4.5, average price 98", [98.0]),
+        ("price: 1,280", [1280.0]),
+        ("人均约¥1,280.5", [1280.5]),
+        ("price range: 66-133", [(66.0, 133.0)]),
+        ("¥80–¥120", [(80.0, 120.0)]),
+        ("around 98 yuan", [98.0]),
+    ],
+)
+def test_a_price_is_told_from_distances_times_and_ratings(said, price):
+    claims = metrics.claims_of(f"【Answer】\nBlue Cafe (poi_a_1): {said}")
+    assert [c.value for c in claims if c.field == "price"] == price
+
+
+def test_a_claimed_range_is_right_where_it_meets_the_price():
+    records = {"poi_1": {"price": 100.0}}
+    for claim, score in (((66.0, 133.0), 10), ((103.0, 120.0), 8), ((50.0, 90.0), 6), ((126.0, 133.0), 2)):
+        assert metrics.faithfulness(["poi_1"], [Claim("poi_1", "price", claim)], records, {"poi_1"}) == score
 
 
 def test_correctness_needs_order_and_retrieval():

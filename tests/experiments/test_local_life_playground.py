@@ -72,6 +72,7 @@ def test_a_query_may_name_another_city(ground):
     one, other = ground.world.cities
     assert ground.city_of(f"hotpot in {other.upper()}", one) == other
     assert ground.city_of(f"from {one} to {other}", one) == one
+    assert ground.city_of(f"from {one} to {other}", other) == other
     assert ground.city_of(f"{other}x hotpot", one) == one == ground.city_of("hotpot", one)
 
 
@@ -251,6 +252,7 @@ def test_settings_are_checked():
         {"show": 200},
         {"world_seeds": {"train": 1, "eval": 1, "test": 2}},
         {"world_seeds": {"train": 1}},
+        {"corpus": "merchants.jsonl"},
     ):
         with pytest.raises(ConfigError):
             LocalLife(**keys)

@@ -88,6 +88,13 @@ def test_bad_bodies_are_told_what_is_wrong(app, bad):
     assert bad["says"] in refused(reply, reply.status_code) and reply.status_code in (400, 422)
 
 
+def test_a_body_without_its_content_type_is_told_the_header(app, ground):
+    body = json.dumps({"query": "hotpot", "city": ground.world.cities[0]})
+    for kind in ("application/x-www-form-urlencoded", "text/plain"):
+        reply = ask(app, "POST", "/search", content=body, headers={"content-type": kind})
+        assert "content-type: application/json" in refused(reply, 422)
+
+
 def test_what_is_not_there_is_404(app, ground):
     city = ground.world.cities[0]
     assert "Nowhere" in refused(ask(app, "POST", "/search", json={"query": "x", "city": "Nowhere"}), 404)
@@ -100,6 +107,7 @@ def test_what_is_not_there_is_404(app, ground):
         "/search/../../etc/passwd",
         "/detail/%2e%2e%2fetc%2fpasswd",
         "/docs",
+        "/openapi.json",
         "//health",
     ):
         refused(ask(app, "GET", path), 404 if path != "/search" else 405)

@@ -29,7 +29,7 @@ from experiments.tasks.local_life.programs import (
     shape,
     to_json,
 )
-from experiments.tasks.local_life.questions import Draws, cells, make_questions
+from experiments.tasks.local_life.questions import Drawer, Draws, cells, make_questions
 from experiments.tasks.local_life.sources import index_of
 from experiments.tasks.local_life.world import FIELDS, Place, World, frame
 from methods.errors import ConfigError, DataError
@@ -310,6 +310,17 @@ def plain_solution(solver: Solver, program: Program, table: list[dict]) -> list[
 
 
 # ---------------------------------------------------------------- questions
+
+
+def test_a_question_that_names_an_answer_is_not_kept(world, made, monkeypatch):
+    question, search = made[0][0], made[2]
+    drawer = Drawer(world, Solver(world), question.city, random.Random(0))
+    rows = [world.position[poi_id] for poi_id in question.gold]
+    asked = (question.verifier, rows, "q", "plain", search)
+    assert drawer.question(*asked).gold == question.gold
+    name = world.merchant(question.gold[-1]).name
+    monkeypatch.setattr(questions_module, "request", lambda *_: f"Not {name}, please.")
+    assert drawer.question(*asked) is None
 
 
 def test_kept_questions_obey_the_rules(world, made):

@@ -15,7 +15,7 @@ import pytest
 from experiments import browser, plots, table
 from experiments.readings import Difference, Reading, arm_interval, common_span, difference
 from experiments.records import RunWriter, load_run
-from experiments.report import Goal, browse, build, find, read_study
+from experiments.report import Goal, browse, build, find, read_study, shortened
 from experiments.stats import Interval
 from methods.errors import ConfigError, RecordError
 
@@ -179,6 +179,38 @@ def test_items_that_differ_between_arms_are_compared_by_seed_only(tmp_path):
     assert found.interval.basis == "seeds" and found.interval.mean == pytest.approx(1)
 
 
+def recorded(tmp_path, arm, seeds=(0, 1), items=range(3), task="t", commit="a" * 40):
+    for seed in seeds:
+        config = {"task": {"name": task}, "method": {} if arm == "a" else {arm: 1}}
+        meta = {"arm": arm, "seed": seed, "experiment": "e"}
+        writer = RunWriter.open(tmp_path / f"raw/e/{arm}/seed{seed}", meta, config)
+        writer.eval([{"item_id": f"x{i}", "score": i + seed} for i in items], 0)
+        (writer.path / "env.json").write_text(json.dumps({"commit": commit, "dirty": False}))
+        writer.finish({})
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({}, ""),
+        ({"seeds": (1, 2)}, "Not the same seeds.*`b` and `a` share 1 of 2 and 2"),
+        ({"items": range(1, 4)}, "Not the same items.*`b` and `a` share 2 of 3 and 3"),
+        ({"items": range(5, 8)}, "Not the same items.*share none; .*different questions"),
+        ({"items": range(5, 8), "task": "u"}, "Not the same items.*share none, and their tasks differ.*not compared"),
+        ({"commit": "b" * 40}, "Not the same code.*`a` on aaaaaaaaaa; `b` on bbbbbbbbbb"),
+    ],
+)
+def test_arms_that_are_not_alike_are_named_before_any_number(tmp_path, other, said):
+    recorded(tmp_path, "a")
+    recorded(tmp_path, "b", **other)
+    text = build("e", tmp_path).read_text()
+    care = text.partition("## Read with care")[2].partition("## Means")[0]
+    assert re.search(said, care) if said else not care
+    row = next(line for line in text.splitlines() if line.startswith("| eval/score | b"))
+    assert (row.split("|")[3].strip() == "-") == ("not compared" in said), "two tasks have no difference"
+    assert "not compared" not in said or "(one seed)" not in text
+
+
 def test_a_second_stage_counts_what_the_first_has_spent(tmp_path):
     path = make_run(tmp_path, "second", 0)
     record = json.loads((path / "run.json").read_text())
@@ -325,6 +357,31 @@ def test_a_sweep_without_a_plan_makes_one_table(tmp_path, monkeypatch):
     assert len(rows) == 12 and {"experiment", "arm", "seed", "eval/score", "cost/generated_tokens"} <= set(rows[0])
 
 
+def test_arms_of_a_sweep_are_named_by_what_differs(tmp_path):
+    """A long line makes long folder names; the table shows what tells them apart, and says the rest once."""
+    for method, tail in (("none", "trainer.prompts_per_step=2"), ("ha_dw", "trainer.prompts_p~0123456789ab")):
+        make_run(tmp_path, f"eval.items=4,method={method},trainer.max_steps=9,{tail}", 0)
+    study = read_study("exp", tmp_path, [tmp_path], baseline="method=none,trainer.prompts_per_step=2")
+    assert list(study.arms) == ["method=ha_dw", "method=none,trainer.prompts_per_step=2"]
+    assert "In every arm: `eval.items=4` `trainer.max_steps=9`." in table.markdown(study)
+    by_folder = "eval.items=4,method=ha_dw,trainer.max_steps=9,trainer.prompts_p~0123456789ab"
+    assert read_study("exp", tmp_path, [tmp_path], baseline=by_folder).baseline == "method=ha_dw"
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["a=1,b=2"], {}),
+        (["x", "y"], {"x": "x", "y": "y"}),
+        (["e/a=1,b=2", "f/a=1,b=2"], {"e/a=1,b=2": "e", "f/a=1,b=2": "f"}),
+        (["a=1,b~0", "a=1,b~1"], {"a=1,b~0": "b~0", "a=1,b~1": "b~1"}),
+        (["a=1", "a=1,b=2"], {}),
+    ],
+)
+def test_short_names_stay_apart_and_are_never_empty(names, short):
+    assert shortened(names)[0] == short
+
+
 def test_more_arms_than_one_panel_can_hold(tmp_path):
     for k in range(9):
         make_run(tmp_path, f"arm{k}", 0, gain=k / 50, items=3, config={"method": {"m": {"k": k}}})
@@ -371,6 +428,16 @@ def test_run_folders_can_be_named_one_by_one(results, tmp_path):
 
 
 # ---------------------------------------------------------------- what a user can get wrong
+
+
+def test_an_experiment_in_another_results_folder_keeps_its_comparison(results, tmp_path, monkeypatch):
+    """A copied results folder, reported by its path from somewhere else: not a nameless selection of runs."""
+    shutil.copytree(results / "raw", tmp_path / "copy" / "raw")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = build([str(tmp_path / "copy/raw/exp")], "results", [results / "conf"])
+    assert path == tmp_path / "copy/exp/table.md" and "# Does it help?" in path.read_text()
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_unknown_names_are_answered_with_the_nearest(results):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from types import SimpleNamespace
 
@@ -146,6 +147,20 @@ def test_a_tie_is_wrong_and_the_margin_is_kept(loaded):
 def test_rows_that_are_no_pairs(bad, loaded):
     with pytest.raises(DataError, match="row 1"):
         pair_of(bad)
+
+
+def test_a_benchmark_is_never_trained_on(loaded, tmp_path):
+    """The only split of RewardBench on the hub invites it; measuring a reward model on its rows is fine."""
+    from experiments.tasks.jsonl import Jsonl
+
+    file = tmp_path / "rewardbench.jsonl"
+    one = {"id": 1, "prompt": "p", "chosen": "ab", "rejected": "b", "subset": "mt-bench-hard"}
+    file.write_text(json.dumps(one) + "\n" + json.dumps(one | {"id": 2}) + "\n")
+    rows = Jsonl(path=str(file), answer_column="chosen", eval_fraction=0).rows("train", 0)
+    assert len(rows) == 2 and pair_of(rows[0]) == ("p", "ab", "b")
+    cfg = SFTSettings(steps=1, batch_size=2)
+    with pytest.raises(DataError, match=r"never trained on.*mt-bench-hard"):
+        make_batches(rows, loaded, cfg, 0)
 
 
 def test_what_cannot_become_a_reward_model(loaded, tmp_path):

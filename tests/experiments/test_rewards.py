@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,13 +91,16 @@ def test_none_and_nan_mean_that_a_reward_does_not_apply(tmp_path: Path, task):
     assert rewards.build(spec, task)[0].fn(["a"] * 4, task.rows("train", 0)[:4]) == [None, None, 0.5, 1.0]
 
 
-def test_files_of_one_name_and_changed_files_are_told_apart(tmp_path: Path, task):
+def test_files_of_one_name_and_changed_files_are_told_apart(tmp_path: Path, task, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     files = [user_file(tmp_path / d, f"def f(t, r):\n    return [{k}.0] * len(t)\n") for k, d in enumerate("ab")]
     rows = task.rows("train", 0)[:1]
     assert [rewards.build(rewards.from_path(f"{f}:f"), task)[0].fn(["x"], rows) for f in files] == [[0.0], [1.0]]
+    before = Path(files[0]).stat()
     user_file(tmp_path / "a", "def f(t, r):\n    return [7.0] * len(t)\n")
+    os.utime(files[0], (before.st_atime, before.st_mtime))  # an edit of the same length within one second
     assert rewards.build(rewards.from_path(f"{files[0]}:f"), task)[0].fn(["x"], rows) == [7.0]
 
 
@@ -108,6 +113,8 @@ def test_files_of_one_name_and_changed_files_are_told_apart(tmp_path: Path, task
         ("def f(t): ...\n", "{dir}/mine.py:f", r"cannot be called with.*f\(t\)"),
         ("x = 1\ndef f(:\n", "{dir}/mine.py:f", r"cannot be imported.*mine\.py:2.*SyntaxError"),
         ("x = 1\n\n1 / 0\n", "{dir}/mine.py:f", r"cannot be imported.*mine\.py:3.*ZeroDivisionError"),
+        ("import sys\nsys.exit()\n", "{dir}/mine.py:f", r"cannot be imported.*mine\.py:2.*SystemExit"),
+        ("def f(prompts, completions, **kw): ...\n", "{dir}/mine.py:f", r"takes prompts first.*row\.prompt"),
         ("", "mine", "Not a reward function"),
         ("", "{dir}/mine.py:", "Not a reward function"),
     ],
@@ -125,6 +132,7 @@ def test_user_file_errors(tmp_path: Path, body: str, spec: str, says: str):
     [
         ("def f(t, r):\n    return [1.0]\n", r"wrong number of values.*Got: 1.*list of 2"),
         ("def f(t, r):\n    return 1.0\n", "wrong number of values"),
+        ("def f(t, r):\n    t == r\n", "returned None"),
         ("def f(t, r):\n    return [1.0, 'good']\n", r"no finite number.*completion 1.*'good'"),
         ("def f(t, r):\n    return [1.0, float('inf')]\n", r"no finite number.*completion 1.*inf"),
         ("def f(t, r):\n\n    return [{}['k'], 1]\n", r"raised an exception.*line 3.*KeyError"),

@@ -67,6 +67,32 @@ def test_a_tournament_in_both_orders():
     assert engine.asked == 4 * 3 - 2
 
 
+def test_a_verdict_for_the_slot_is_worth_one_half():
+    """The judge says A in both orders, or cannot be read in one: neither answer has won."""
+
+    class Halting(Grader):
+        def answer(self, content: str) -> str:
+            return "hm" if "<response_a>\nmute" in content else super().answer(content)
+
+    meet = RubricReward("tournament", Halting())
+    assert meet(["ac", "ca"], [row("x")] * 2) == [0.5, 0.5]
+    assert meet(["aa", "mute"], [row("x")] * 2) == [0.5, 0.5]
+
+
+def test_a_grading_that_is_cut_off_or_failed_is_no_reward():
+    class Ended(Grader):
+        def __init__(self, finish: str) -> None:
+            super().__init__()
+            self.finish = finish
+
+        def _stream(self, requests):
+            for index, results in super()._stream(requests):
+                yield index, [Result(results[0].text if self.finish == "length" else "", None, None, self.finish)]
+
+    for finish in ("length", "error"):
+        assert RubricReward("pointwise", Ended(finish))(["a"], [row("x", rubric=RUBRIC)]) == [None]
+
+
 def test_what_is_refused():
     with pytest.raises(DataError, match="no valid rubric"):
         RubricReward("pointwise", Grader())(["a"], [row("x")])

@@ -89,6 +89,21 @@ def test_it_learns_and_folds_its_scale_in(loaded, documents, tmp_path):
     assert found["loss_recovered"] == pytest.approx(recovered, nan_ok=True) or found["ce_mean"] <= found["ce"]
 
 
+@pytest.mark.parametrize("after, revived", [(0, True), (10**6, False)])
+def test_latents_that_have_not_fired_for_long_are_trained_by_aux(loaded, documents, tmp_path, after, revived):
+    seen = []
+    settings = dataclasses.replace(SETTINGS, steps=4, dead_after=after)
+    Trainer(loaded, documents, settings, tmp_path).run(lambda step, total, metrics: seen.append(metrics.get("aux", 0)))
+    assert any(seen) is revived
+
+
+def test_the_gradient_of_a_decoder_row_has_no_part_along_it(loaded, documents, tmp_path):
+    trainer = Trainer(loaded, documents, dataclasses.replace(SETTINGS, steps=1, learning_rate=1e-9), tmp_path)
+    rows = torch.nn.functional.normalize(trainer.run().W_dec, dim=1)
+    moment = trainer.optimizer.state[trainer.sae.W_dec]["exp_avg"]
+    assert moment.norm() > 0 and (moment * rows).sum(1).abs().max() < 1e-4 * moment.norm()
+
+
 @pytest.mark.parametrize("keys", [{}, {"dtype": "bfloat16"}, {"save_every": 8, "passes": 1}])
 @pytest.mark.parametrize("after", [0, 5, 20])
 def test_a_stopped_training_goes_on_to_the_bit(loaded, documents, tmp_path, keys, after):
@@ -106,6 +121,15 @@ def test_a_stopped_training_goes_on_to_the_bit(loaded, documents, tmp_path, keys
             assert stop.args == (signal.SIGTERM,)
             stopped += 1
     assert stopped and same(whole, sae)
+
+
+def test_a_stop_while_a_block_is_read_leaves_out_no_text(loaded, documents, tmp_path):
+    whole = Trainer(loaded, documents, SETTINGS, tmp_path / "whole").run()
+    # The blocks end at steps 16 and 32: looks 17 and 18 are behind step 16 and while the second block is read.
+    for after in (16, 17, 18):
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(loaded, documents, SETTINGS, tmp_path / f"{after}").run(stop=Stop(after))
+        assert same(whole, Trainer(loaded, documents, SETTINGS, tmp_path / f"{after}").run())
 
 
 def test_a_checkpoint_of_something_else_is_refused(loaded, documents, tmp_path):

@@ -158,16 +158,39 @@ def test_measured_changes_are_validated_over_all_domains(score, tmp_path):
     table = (folder / "table.md").read_text()
     assert "permutation p" in table and "r is inflated" in table and (folder / "figures/transfer.svg").is_file()
     given = write_rows(tmp_path / "given.jsonl", [{"domain": d, "change": c} for d, c in changes.items()])
-    again = json.loads((score(f"changes={given}", "name=given") / "result.json").read_text())
-    assert again["validation"]["act"]["r"] == pytest.approx(result["validation"]["act"]["r"])
+    again = score(f"changes={given}", "name=given", "score.rank=icl")
+    r = json.loads((again / "result.json").read_text())["validation"]["icl"]["r"]
+    assert r == pytest.approx(result["validation"]["icl"]["r"])
+    assert json.loads((again / "summary.json").read_text())["metrics"]["eval/score"] == r
 
 
 def test_a_fine_tune_that_changes_nothing_has_no_correlation(score):
     words = ["measure=true", "sft.epochs=1", "sft.batch_size=4", "sft.learning_rate=0", "sft.save_every=0"]
-    folder = score(*words)
+    folder = score(*words, "score.rank=tuned", "mixture.budget=10")
     result = json.loads((folder / "result.json").read_text())
     assert result["validation"]["act"]["r"] is None and "overlap" not in result
+    assert sum(result["mixture"].values()) == 10  # there is no `tuned` to share it by: STS_act
     assert "the change is the same in every domain" in (folder / "table.md").read_text()
+
+
+def test_the_loss_is_that_of_the_answers_tokens(world):
+    from experiments.transfer.data import Example
+    from experiments.transfer.effects import measure
+    from experiments.weights import open_model
+
+    loaded = open_model(world / "model", "model", dtype="float32", folder=world / "model")
+    found = measure(loaded, [Example("1", "d", "add seven", "sum five"), Example("2", "d", "a", "b")], None)
+    tokenizer = loaded.tokenizer
+    for i, (question, answer) in enumerate((("add seven", "sum five"), ("a", "b"))):
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        said = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([tokenizer(asked, add_special_tokens=False)["input_ids"] + said])
+        with torch.no_grad():
+            logp = loaded.model(ids).logits.log_softmax(-1)[0, -len(said) - 1 : -1]
+        assert found.weight_N[i] == len(said)
+        assert found.value_N[i] == pytest.approx(-float(logp.gather(1, ids[0, -len(said) :, None]).mean()), rel=1e-4)
 
 
 def test_accuracy_of_multiple_choice(score, world, tmp_path):
@@ -274,6 +297,7 @@ def test_one_domain_has_a_score_and_no_correlation(score, tmp_path):
         (["score.demos=9"], "too few texts"),
         (["score.context=20"], "skipped"),
         (["extremes=4"], "measure=true"),
+        (["extremes=2", "measure=true"], "2 of 3 domains"),
         (["measure=true", "changes=a.csv"], "either given or measured"),
         (["changes=/nowhere.csv"], "No such data file"),
     ],
@@ -282,6 +306,22 @@ def test_wrong_input_is_one_paragraph(score, words, text, tmp_path):
     with pytest.raises((ConfigError, DataError), match=text) as caught:
         score(*words)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("transfer/*"))  # nothing was scored for it
+
+
+def test_a_text_that_is_a_demonstration_is_no_query(score, tmp_path):
+    """Of three texts, each three times, the two demonstrations are one or two."""
+    rows = [{"domain": d, "prompt": f"{d} {k % 3}", "answer": "x"} for d in WORDS for k in range(9)]
+    folder = score(f"domains.path={write_rows(tmp_path / 'same.jsonl', rows)}")
+    scores = json.loads((folder / "result.json").read_text())["scores"]
+    assert {s["texts"] for s in scores.values()} <= {3, 6}
+
+
+def test_equal_texts_are_too_few(score, tmp_path):
+    """A domain whose texts are all demonstrations has none to read."""
+    rows = [{"domain": d, "prompt": d if d == "sea" else f"{d} {k}", "answer": "x"} for d in WORDS for k in range(6)]
+    with pytest.raises(DataError, match=r"too few texts.*domain sea.*6 texts"):
+        score(f"domains.path={write_rows(tmp_path / 'same.jsonl', rows)}")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def test_sign_flip_counts_all_patterns():
     # (1, -2, 3) sums to 2: all but the two zeros reach it
     assert stats.sign_flip([1, -2, 3]) == 6 / 8
     assert stats.sign_flip([0.0, 0.0, 0.0, 0.0]) == 1
+    assert stats.sign_flip([1e-17, 2e-17, 1e-17]) == 1  # what rounding leaves of equal numbers
     assert math.isnan(stats.sign_flip([])) and stats.sign_flip([math.nan, 1.0]) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from experiments import launching
 from experiments.services import Services
 from experiments.team import ALONE, Team
 from methods.base import Segment, Trajectory, assemble
-from methods.errors import ConfigError, RunError
+from methods.errors import AssayError, ConfigError, RunError
 
 SCALE = Path(__file__).resolve().parents[2] / "conf" / "scale"
 GOLDEN = Path(__file__).with_name("golden")
@@ -302,3 +303,29 @@ def test_unsharded_weights_forward_without_the_other_processes(tmp_path):
         assert all(p.grad is not None for p in model.parameters())
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- what ended the run
+
+
+GLOO = RunError("the run failed with RuntimeError", got="[gloo] Connection closed by peer [127.0.0.1]")
+SERVICE = RunError("The endpoint does not answer", got="ReadError: connection reset by peer (tries: 8)")
+
+
+@pytest.mark.parametrize(
+    "outcomes, said",
+    [
+        ([GLOO, SERVICE], "The endpoint does not answer"),  # a lost connection is the cause, not the effect
+        ([GLOO, ConfigError("a wrong word")], "a wrong word"),
+        ([GLOO, None], "process 1 of 2"),  # killed: it left no word
+        ([GLOO, GLOO], "Connection closed by peer"),
+    ],
+)
+def test_the_error_of_a_run_is_its_cause(outcomes, said, tmp_path):
+    for rank, error in enumerate(outcomes):
+        (tmp_path / f"rank{rank}.pid").write_text("1")
+        if error is not None:
+            (tmp_path / f"rank{rank}.json").write_text(json.dumps(launching.outcome_of(error)))
+    with pytest.raises(AssayError) as caught:
+        launching._judge(tmp_path, 2, 1)
+    assert said in str(caught.value) and "launcher" not in str(caught.value)

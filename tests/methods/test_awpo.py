@@ -209,6 +209,14 @@ def test_worked_group_through_the_hook(fake_context):
     close(ctx.batch.extras[EPS], [0.2 - 0.1 * 0.475342] * 4)
 
 
+def test_the_radius_follows_the_gates_of_all_processes(fake_context):
+    stack = Stack([Awpo()], Grpo())
+    ctx = fake_context(trajs(*GROUPS["a"], 4), stack=stack, **BOTH)
+    ctx.services.gather = lambda x_P: torch.cat([x_P, torch.zeros(3)])  # three solved groups elsewhere
+    stack.advantages(ctx)
+    close(ctx.batch.extras[EPS], [0.2 - 0.1 * 0.475342 / 4] * 4)
+
+
 def test_what_is_logged(fake_context):
     names = ("a", "dead", "solved", "constant")
     method = Awpo()

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from methods.cdrrm import data, measures, parsing, prompts, redundancy, rewards
-from methods.cdrrm.parsing import Rejected, parse_json, winner
+from methods.cdrrm.parsing import Rejected, last_integer, parse_json, rating, winner
 from methods.cdrrm.profiles import Profile, contrast, discriminative, penalty, same_diagnosis
 from methods.cdrrm.rubric import TIE, Rubric, decide, rule_values
 
@@ -175,6 +175,12 @@ def test_an_invalid_profile_is_rejected_by_reason(change, reason):
 def test_a_pass_needs_neither_evidence_nor_severity():
     assert profile(status="pass", evidence="", severity=None).findings[0].penalty == 0
     assert profile(status="pass", severity="none").findings[0].severity == 0
+
+
+def test_of_a_criterion_named_twice_the_greater_penalty_counts():
+    mild, grave = (profile(severity=k).findings[0] for k in (1, 3))
+    for findings in ((mild, grave), (grave, mild)):
+        assert list(Profile((), findings).penalties().values()) == [2.0]
 
 
 def test_the_same_diagnosis_makes_no_rubric():
@@ -405,3 +411,29 @@ def test_grades_of_one_answer():
         with pytest.raises(Rejected):
             prompts.read_grades(json.dumps(grades | change), rubric)
     assert parsing.without_thinking("a</think>b") == "b"
+
+
+@pytest.mark.parametrize(
+    ("text", "ours", "official"),
+    [
+        ("Sound.\nRating: 8", 8, 8),
+        ("Rating: 8/10", 8, 10),  # the official parser takes the integer at the end
+        ("Rating: 8 out of 10.", 8, None),
+        ("**Rating:** [[7]]", 7, None),
+        ("Rating: 7.5", 7.5, 5),
+        ("<think>Rating: 9</think>\nRating: 4", 4, 4),
+        ("Rating: 3\nRating: 6", 6, 6),
+        ("Rating: 3\nRating: none", None, None),  # no earlier line decides
+        ("10", 10, 10),
+        ("I saw 9", None, 9),
+        ("Rating: 8/20", None, None),
+        ("Rating: 11", None, None),
+        ("Rating: 0", None, None),
+        ("Rating: -3", None, 3),
+        ("Rating: 8-9", None, 9),
+        ("<think>Rating: 9", None, 9),
+        ("", None, None),
+    ],
+)
+def test_ratings_are_read_strictly_and_as_officially(text, ours, official):
+    assert rating(text) == ours and last_integer(text) == official

@@ -120,6 +120,7 @@ T, R = "tool_call", "tool_result"
         (["dance", "answer"], (INVALID, ANSWER)),
         (["answer", "answer", T], (ANSWER, INVALID, TOOL)),
         ([T, T, R], (TOOL, INVALID, ANALYSIS)),
+        ([T, "think", R], (TOOL, INVALID, ANALYSIS)),  # without a result there is nothing to analyse
     ],
 )
 def test_canonical_paths(seen, path):
@@ -383,6 +384,17 @@ def test_evidence_against_a_strategy_and_pruning():
     m.check()
 
 
+def test_little_evidence_drops_no_strategy():
+    won, lost = [(ONCE, True), (DIRECT, False)], [(DIRECT, True), (ONCE, False)]
+    m = grown(("w", (1, 0), won), *[(f"l{i}", (1, 0), lost) for i in range(3)])
+    assert (m.strategies[0].text, m.strategies[0].confidence, m.strategies[0].observations) == (ASK, 0.25, 4)
+    prune(m, most=10)
+    assert [s.text for s in m.strategies] == [ASK, TELL]
+    grown(("l3", (1, 0), lost), memory=m)
+    prune(m, most=10)
+    assert [s.text for s in m.strategies] == [TELL]
+
+
 def test_planting_twice_hangs_once_on_every_path():
     m = grown(("a", (1, 0), [(ONCE, True), (DIRECT, False)]))
     plant(m, ["Be polite."])
@@ -404,6 +416,8 @@ def test_events_of_a_rollout():
     assert events(traj, texts) == ["think", T, R, T, "invalid", "answer"]
     traj.finish = "length"
     assert events(traj, texts)[-1] == "invalid"
+    begun = ["x</think>", "", "", ""]  # the template opened the block in the prompt
+    assert events(traj, begun)[:2] == ["think", T]
 
 
 def test_counters_of_outcomes_may_be_empty():

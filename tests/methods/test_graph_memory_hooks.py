@@ -12,7 +12,7 @@ import torch
 
 from experiments.services import Services
 from experiments.tasks.base import Row
-from methods.base import Context
+from methods.base import Context, Segment, Trajectory, Turn
 from methods.controls import Flip, Shuffle
 from methods.errors import ConfigError
 from methods.graph_memory.graph import Edges, Memory, Strategy, memory_of, state_of
@@ -213,6 +213,27 @@ def test_the_gap_leaves_unscored_rollouts_out():
     nan = math.nan
     rewards = torch.tensor([[0, 1, 1, 1], [nan, 1, 0, nan], [nan, nan, 1, 1], [1, 1, nan, nan]], dtype=torch.float32)
     assert reward_gap(rewards).tolist() == [0.5, -1.0, 0.0, 0.0]
+    assert reward_gap(torch.tensor([[1.0, 0.0, 0.5]])).tolist() == [-0.75]  # of three the first is without
+
+
+def test_an_unscored_rollout_is_neither_success_nor_failure():
+    direct, called = [Turn(0, 0, 1)], [Turn(0, 0, 1, "call", [{}], "r"), Turn(0, 1, 2)]
+    trajs = [Trajectory("a", 0, k, [Segment([0], [1, 2])], turns) for k, turns in enumerate((called, direct, direct))]
+    fake = SimpleNamespace(
+        reward=lambda name: torch.tensor([1.0, math.nan, 0.0]), reward_name=lambda role: "task", trajs=trajs,
+        group_size=3, tokenizer=SimpleNamespace(batch_decode=lambda ids: ["x"] * len(ids)), step=0,
+        rows=[row("a", "1+1=")] * 3, embed=lambda texts: torch.from_numpy(embed(texts)),
+    )  # fmt: skip
+    method = GraphMemory()
+    method._build(fake)
+    assert method.store.to_paths.count_E2.tolist() == [[1, 0], [0, 1]]  # one success, one failure
+
+
+def test_a_gap_needs_two_rollouts(memory):
+    rows = [row(str(i), f"{i}+1=") for i in range(40)]
+    asked = context(objective="graph_weights", rows=rows, group=1)
+    with pytest.raises(ConfigError, match="rollouts_per_prompt"):
+        GraphMemory(memory_questions=2, weight_questions=8).prepare_rows(rows[:2], asked)
 
 
 def test_shuffled_relevance_shows_other_strategies(memory):

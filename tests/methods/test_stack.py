@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from methods.base import Context, Method
 from methods.controls import Flip, Random, Scale, Shuffle
-from methods.errors import ConfigError
+from methods.errors import AssayError, ConfigError, RunError
 from methods.ha_dw import HaDw
 from methods.objectives.policy_gradient import Cispo, Dapo, Grpo, Gspo, GspoToken, Sapo
 from methods.objectives.reinforce_pp import ReinforcePP
@@ -117,6 +120,70 @@ def test_a_hook_that_forgets_to_return_is_named():
 
     with pytest.raises(ConfigError, match=r"prepare_rows.*forgets"):
         Stack([Forgets()], Grpo()).prepare_rows([1], None)
+
+
+@pytest.mark.parametrize("hook", ["rollout", "eval_metrics", "metrics"])
+def test_other_hooks_that_forget_to_return_are_named(hook):
+    forgets = type("Forgets", (Method,), {"name": "forgets", hook: lambda *a: None})
+    call = {"rollout": lambda s: s.rollout([], None, list), "eval_metrics": lambda s: s.eval_metrics([], None)}
+    with pytest.raises(ConfigError, match=f"{hook}.*forgets.*None"):
+        call.get(hook, lambda s: s.metrics())(Stack([forgets()], Grpo()))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda adv: adv * float("nan"), "not finite.*`advantages` of broken, step 2.*6 of 6"),
+        (lambda adv: adv[:, 0], r"changed shape.*of broken.*\(2,\).*\(2, 3\)"),
+        (lambda adv: adv.numpy(), "no tensor.*of broken.*ndarray"),
+    ],
+)
+def test_advantages_that_cannot_be_right_name_their_hook(change, said):
+    broken = type("Broken", (Method,), {"name": "broken", "advantages": lambda self, adv, ctx: change(adv)})
+    ctx = SimpleNamespace(step=2, batch=SimpleNamespace(adv_ST=torch.zeros(2, 3), group_S=torch.zeros(2)))
+    stack = Stack([broken()], SimpleNamespace(advantages=lambda ctx: torch.ones(2, 3), ratio_level="token"), False)
+    with pytest.raises(AssayError, match=said):
+        stack.advantages(ctx)
+
+
+@pytest.mark.parametrize("value, said", [(math.inf, "cannot be used"), ("a", "cannot be used"), (math.nan, "every")])
+def test_rewards_that_cannot_be_trained_on_name_their_hook(value, said):
+    def rewards(self, trajs, ctx):
+        for t in trajs:
+            t.rewards["task"] = value
+
+    broken = type("Broken", (Method,), {"name": "broken", "rewards": rewards})
+    trajs = [SimpleNamespace(rewards={"task": 1.0}) for _ in range(2)]
+    with pytest.raises(RunError, match=f"{said}.*`rewards` of broken, step 4"):
+        Stack([broken()], Grpo()).rewards(trajs, SimpleNamespace(step=4))
+
+
+def test_metrics_become_plain_numbers():
+    class Measures(Method):
+        name = "m"
+        value = torch.tensor(0.5)
+
+        def metrics(self):
+            return {"x": self.value, "n": 3}
+
+    method = Measures()
+    assert Stack([method], Grpo()).metrics() == {"m/x": 0.5, "m/n": 3}
+    method.value = "half"
+    with pytest.raises(ConfigError, match=r"`metrics` of m.*half"):
+        Stack([method], Grpo()).metrics()
+
+
+def test_eval_metrics_give_one_number_per_trajectory():
+    short = type("Short", (Method,), {"name": "short", "eval_metrics": lambda self, trajs, ctx: {"x": [1.0]}})
+    with pytest.raises(ConfigError, match=r"`eval_metrics` of short.*x.*1 numbers.*list of 2"):
+        Stack([short()], Grpo()).eval_metrics([1, 2], None)
+
+
+def test_an_extra_loss_is_one_number():
+    vector = type("Vector", (Method,), {"name": "vector", "extra_loss": lambda self, lctx: torch.ones(3)})
+    stack = Stack([vector()], SimpleNamespace(loss=lambda lctx: torch.zeros(())), check=False)
+    with pytest.raises(ConfigError, match=r"`extra_loss` of vector.*\(3,\)"):
+        stack.loss(SimpleNamespace(share=1.0, accumulation=1))
 
 
 def test_time_in_services_is_not_charged_to_the_method():

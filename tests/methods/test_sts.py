@@ -129,6 +129,13 @@ def test_features_are_never_negative_and_ablating_all_leaves_the_error(architect
     assert torch.allclose(sae.ablate(z, []), z)
 
 
+@pytest.mark.parametrize("normalisation", ["layer_norm", "constant_norm_rescale"])
+def test_a_vector_without_length_or_spread_has_finite_features(normalisation):
+    z = torch.zeros(2, 5)
+    h, z_hat = random_sae(normalisation=normalisation).reconstruct(z)
+    assert torch.isfinite(h).all() and torch.allclose(z_hat, z, atol=1e-4)
+
+
 def test_uncentred_input():
     sae, z = random_sae(centred=False), torch.randn(4, 5)
     assert torch.allclose(sae.encode(z), (z @ sae.W_enc + sae.b_enc).clamp(min=0), atol=1e-5)

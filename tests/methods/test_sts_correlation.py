@@ -130,6 +130,6 @@ def test_scale_and_offset_do_not_matter(a, b):
 
 def test_notes_on_a_change():
     assert change_note(0.5, 0.52, 400) == "no detectable change"
-    assert change_note(0.5, 0.4, 400) == ""
+    assert change_note(0.5, 0.4, 400) == "" and change_note(1.0, 1.0, 400) == "no detectable change"
     assert "cannot drop" in change_note(0.01, 0.0, 100) and "cannot drop" in change_note(0.12, 0.1, 400, chance=0.1)
     assert change_note(0.0, 0.3, 400) != ""

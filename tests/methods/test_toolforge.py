@@ -299,6 +299,16 @@ def test_retry_windows_of_c8_and_d8(bank):
     assert SHAPES["D8"].retry_window() == (0, 1) and SHAPES["D8"].retry_window(release=True) is None
 
 
+@pytest.mark.parametrize("turn", [1, 3])
+def test_both_hops_of_c5_must_edit_their_retry(bank, turn):
+    record = copy.deepcopy(dialogue("C5", bank)[1].record)
+    assert check(record)["retries"]
+    turns = [m for m in record[1]["messages"] if m["role"] == "assistant"]
+    thought, same = turns[turn]["content"].partition("<tool_call>")[0], turns[turn - 1]["content"]
+    turns[turn]["content"] = thought + "<tool_call>" + same.partition("<tool_call>")[2]
+    assert digits(check(record)) == "111110111"
+
+
 def test_letters_of_other_scripts_count(record):
     bundle, message = record[2]["rags"][0], record[1]["messages"][3]
     bundle[:] = [{"title": "题", "content": "他出生在北京"}]
@@ -473,6 +483,11 @@ def test_forms_of_the_sets():
         "golden_context": [{"title": "A", "text": "It is in Oslo."}],
     }
     assert read_item(golden).gold == wanted.gold and read_item(golden).pool == ()
+    # Sentences of an article that the golden context holds whole are no distractors.
+    pieces = {"context": [["A", ["It is in", "Oslo."]], ["B", ["Else."]]], "golden_context": golden["golden_context"]}
+    pieces = {"question": "Where?", "answer": "Oslo", **pieces}
+    assert read_item(pieces).gold == (Passage("A", "It is in Oslo."),)
+    assert read_item(pieces).pool == (Passage("B", "Else."),)
     twice = changed(context=[["A", ["It is in Oslo.", "Other."]], ["B", ["Other.", "It is in Oslo."]]])
     assert [p.content for p in read_item(twice).pool] == ["Other."]
 

@@ -56,8 +56,8 @@ def answers(*texts):
 def play():
     """play(method, agent, rows=1) -> (trajectories, context); characters are tokens."""
 
-    def make(method, agent, rows=1, question="Where was Curie born?", group=None, mode="train"):
-        tools = Tools(SEARCH, timeout=0.05)
+    def make(method, agent, rows=1, question="Where was Curie born?", group=None, mode="train", timeout=None):
+        tools = Tools(SEARCH, timeout=timeout)
         runner = Services(None, SimpleNamespace(tools=tools), 0, SimpleNamespace())
 
         def generate(requests, stream):
@@ -110,6 +110,7 @@ def test_the_quality_of_a_turn_is_the_mean_over_its_documents(play):
     ]  # fmt: skip
     assert traj.turns[1].scores["q_com"] == pytest.approx(sum(p["com"] for p in parts) / 2)
     assert traj.turns[1].scores["level"] == 3.0
+    assert measures.of_trajectories([traj])["compression"] == [7 / 16]  # words kept of words shown
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,11 @@ def test_two_turns_without_an_action_end_the_episode_without_an_answer(play):
     assert "search" not in memory and "cuisine" not in memory  # the memory did not change, the documents are gone
 
 
+def test_only_two_idle_turns_in_a_row_end_the_episode(play):
+    (traj,), _ = play(ZipRl(), answers("hm", "<tool>search(curie)</tool>", "hm", BOTH + "<tool>search(none)</tool>"))
+    assert [t.kind for t in traj.turns] == ["invalid", "call", "invalid", "call", "answer"] and traj.finish == "stop"
+
+
 def test_the_turn_cap_forces_an_answer_from_memory(play):
     agent = answers("<tool>search(curie)</tool>", BOTH + "<tool>search(curie)</tool>")
     (traj,), _ = play(ZipRl(max_turns=2), agent)
@@ -148,7 +154,8 @@ def test_the_turn_cap_forces_an_answer_from_memory(play):
     assert (
         "no more turns" in agent.seen[2] and "She won" not in agent.seen[2] and traj.text == "<answer>Warsaw</answer>"
     )
-    assert measures.of_trajectory(traj) | {"finished": 0.0, "forced": 1.0} == measures.of_trajectory(traj)
+    values = measures.of_trajectories([traj])
+    assert values["finished"] == [0.0] and values["forced"] == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +168,7 @@ def test_the_turn_cap_forces_an_answer_from_memory(play):
 )
 def test_tool_errors_become_remarks(play, query, remark):
     agent = answers(f"<tool>{query}</tool>")
-    (traj,), _ = play(ZipRl(), agent)
+    (traj,), _ = play(ZipRl(), agent, timeout=0.05 if "hang" in query else None)
     assert remark in agent.seen[1].partition("Memory:")[2] and traj.turns[0].result.startswith("error:")
     assert measures.QUALITY not in traj.turns[1].scores
 
@@ -311,6 +318,14 @@ def test_groups_without_outcome_signal_keep_the_correction(rewards):
         not _credit(group(), rewards, off := ZipRl(w=0)).batch.adv_ST.any()
         and off.metrics()["zero_variance_alive"] == 0
     )
+
+
+def test_equal_qualities_are_no_sign_of_life():
+    """Seven times 0.7 in float32 has a mean that is not 0.7."""
+    trajs = [_trajectory([0.7] * 7, sample=k) for k in range(4)]
+    method = ZipRl()
+    assert _credit(trajs, [0.0] * 4, method).batch.adv_ST.abs().max() < 1e-6
+    assert method.metrics()["zero_variance_alive"] == 0
 
 
 def test_the_group_mean_counts_trajectories_not_turns():

@@ -43,6 +43,19 @@ def test_worked_example_of_the_quality(text, expected):
     assert [got[p] for p in PARTS] == pytest.approx(expected, abs=5e-7)
 
 
+def test_short_documents_and_coarse_levels_by_hand():
+    """hi' = max(hi, 4 / n(d)) and max(hi, 1 / s(d)) let any zip of a short document keep a sentence; the targets of
+    cover and retain shrink with hi."""
+    got = quality("Rain fell.", "Rain fell.", 1)
+    assert [got[p] for p in PARTS] == pytest.approx((1, 1, 1, 0.75, 0.95))
+    ten = "Alpha one. Beta two. Gamma three. Delta four. Omega five."
+    got = quality(ten, "Alpha.", 1)  # one of ten words and of five sentences: hi' = 0.4 and 0.2
+    assert [got[p] for p in PARTS] == pytest.approx((1, 1, 1, 0.75, 0.95))
+    got = quality(ten, "Alpha.", 3)  # m = ceil(0.45 x 10) = 5, retain = 1 / 4.5
+    level = math.exp(-(0.25 - 0.2) / 0.25)
+    assert [got[p] for p in PARTS[:3]] == pytest.approx((math.exp(-1.5), level, 0.5 / 5 + 0.5 / 4.5))
+
+
 def test_worked_example_of_relevance_and_keywords():
     assert relevance(DOCUMENT, QUESTION) == 0.625 and asked_level(0.625) == 4
     assert keywords(DOCUMENT, QUESTION)[:5] == ["curie", "nobel", "prize", "marie", "chemistry"]

@@ -15,6 +15,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from experiments.tasks.local_life.hours import Span, spans
+from experiments.tasks.local_life.paths import NUMBER, number_of
 
 MARK = re.compile(r"【(?:答案|Answer)】")
 SECTION = re.compile(r"^[ \t]*【[^【】\n]+】", re.MULTILINE)
@@ -87,7 +88,8 @@ def in_context(answer: Sequence[str], seen: Collection[str]) -> float:
 
 @dataclass(frozen=True)
 class Claim:
-    """What an answer says of a merchant: `field` is price or rating (a number), or hours, address or name (a text)."""
+    """What an answer says of a merchant: `field` is price or rating (a number, or a range (low, high)), or hours,
+    address or name (a text)."""
 
     poi: str
     field: str
@@ -106,10 +108,11 @@ def faithfulness(
     answer: Sequence[str], claims: Sequence[Claim], records: Mapping[str, Mapping[str, Any]], seen: Collection[str]
 ) -> float | None:
     """0 to 10: the lowest cap of the numeric claims, less one point per wrong text claim (three at most); 0 for a cited
-    id that is unknown or was never retrieved. `records` has per id the fields of `Claim`; price is (low, high), and a
-    claim inside the range is right; hours are the spans of all weekdays, and a claim names some of them; a text is
-    right where one of the two contains the other. None where nothing is cited; a field that the record lacks cannot be
-    deviated from, and a claim about it counts as a wrong text claim."""
+    id that is unknown or was never retrieved. `records` has per id the fields of `Claim`; where the claim or the record
+    is a range, the gap between the two counts, so that one that meets the other is right; hours are the spans of all
+    weekdays, and a claim names some of them; a text is right where one of the two contains the other. None where
+    nothing is cited; a field that the record lacks cannot be deviated from, and a claim about it counts as a wrong text
+    claim."""
     if not answer:
         return None
     if any(poi not in seen or poi not in records for poi in answer):
@@ -120,9 +123,8 @@ def faithfulness(
         if true is None or claim.field not in NUMBERS:
             wrong += not _same_text(claim, true)
         else:
-            low, high = true if isinstance(true, tuple) else (true, true)
-            nearest = min(max(claim.value, low), high)
-            score = min(score, cap(claim.value, nearest))
+            (low, high), (least, most) = (v if isinstance(v, tuple) else (v, v) for v in (true, claim.value))
+            score = min(score, cap(least, high) if least > high else cap(most, low) if most < low else 10.0)
     return max(0.0, score - min(wrong, MOST_WRONG))
 
 
@@ -143,7 +145,13 @@ def _same_text(claim: Claim, true: Any) -> bool:
     return bool(said) and (said in told or told in said)
 
 
-PRICE = re.compile(r"(?:人均|价格|均价|price|avg|average|about|around|约|[¥￥])\D{0,12}?(\d+(?:\.\d+)?)", re.IGNORECASE)
+# A price stands behind its label or sign, or is "about" a figure that is no distance, time, share or number of stars.
+_UNIT = r"\s*(?:km|kilo|m\b|met|min|hour|h\b|star|percent|[%:米公千分小点星])"
+PRICE = re.compile(
+    rf"(?:人均|价格|均价|price|avg|average|[¥￥])(?:(?!rat|dist|评|距)\D){{0,12}}?{NUMBER}(?:\s*[-–~至]\s*[¥￥]?\s*{NUMBER})?"
+    rf"|(?:about|around|约)\s*{NUMBER}(?!{_UNIT})",
+    re.IGNORECASE,
+)
 RATING = re.compile(r"(?:评分|rating|rated)\s*[:：为is]{0,2}\s*(\d(?:\.\d+)?)(?!\d)", re.IGNORECASE)
 HOURS = re.compile(r"\d{1,2}:\d{2}\s*(?:-|–|至|~)\s*(?:次日)?\s*\d{1,2}:\d{2}")
 ADDRESS = re.compile(r"(?:address|地址)\s*[:：]\s*([^,，;；)）\n]+)", re.IGNORECASE)
@@ -172,7 +180,7 @@ def claims_of(reply: str) -> list[Claim]:
 
 
 def _claims_in(poi: str, head: str, part: str) -> list[Claim]:
-    found = [Claim(poi, "price", float(m.group(1))) for m in PRICE.finditer(part)]
+    found = [Claim(poi, "price", _price(m)) for m in PRICE.finditer(part)]
     found += [Claim(poi, "rating", float(m.group(1))) for m in RATING.finditer(part)]
     if hours := [re.sub(r"\s*[–至~-]\s*", "-", text) for text in HOURS.findall(part)]:
         found.append(Claim(poi, "hours", open_spans(",".join(hours))))
@@ -180,6 +188,12 @@ def _claims_in(poi: str, head: str, part: str) -> list[Claim]:
     if name := NAME.search(BULLET.sub("", head)):
         found.append(Claim(poi, "name", name.group(1).strip()))
     return found
+
+
+def _price(match: re.Match) -> float | tuple[float, float]:
+    low = number_of(match[1] or match[3])
+    high = number_of(match[2]) if match[2] else low
+    return (low, high) if high > low else low
 
 
 # ---------------------------------------------------------------- the process

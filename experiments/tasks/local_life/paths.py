@@ -19,10 +19,11 @@ _HOP = re.compile(rf"第(?:[{_ORDINALS}]+|\d+)跳\s*[:：]")
 _QUOTED = re.compile(r"[“\"「『](.*?)[”\"」』]", re.DOTALL)
 _OPEN, _CLOSE = "（(", "）)"
 _RATING = re.compile(r"(?:评分|rating)\s*[:：]?\s*(\d+(?:\.\d+)?)", re.IGNORECASE)
-_NUMBER = r"(\d+(?:\.\d+)?)"
+NUMBER = r"(\d{1,3}(?:,\d{3})++(?:\.\d++)?+|\d++(?:\.\d++)?+)"
+"""A price in a text, perhaps with a comma between its thousands; never a part of a longer number."""
 _PRICE = re.compile(
-    rf"(?:人均|均价|门票|价格|每小时|per person)\s*[:：]?\s*[￥¥]?\s*{_NUMBER}(?:\s*[-~至]\s*[￥¥]?\s*{_NUMBER})?"
-    rf"|[￥¥]\s*{_NUMBER}|{_NUMBER}\s*元"
+    rf"(?:人均|均价|门票|价格|每小时|per person)\s*[:：]?\s*[￥¥]?\s*{NUMBER}(?:\s*[-~至]\s*[￥¥]?\s*{NUMBER})?"
+    rf"|[￥¥]\s*{NUMBER}|{NUMBER}\s*元"
 )
 _FREE = re.compile(r"免费|free", re.IGNORECASE)
 _ALWAYS = re.compile(r"全天|24\s*小时|24\s*hours?", re.IGNORECASE)
@@ -104,21 +105,28 @@ def mention(text: str) -> Mention | None:
 
 
 def _details(name: str, parts: list[str]) -> Mention:
-    rating, price, hours, rest = None, None, "", []
-    for part in parts:
+    rating, price, hours, rest = None, None, [], []
+    latest = -1  # the part that told of hours last: those of other weekdays, or of the evening, may follow it
+    for place, part in enumerate(parts):
         plain = unicodedata.normalize("NFKC", part)
         if rating is None and (m := _RATING.search(plain)):
             rating = float(m[1])
-        elif not hours and (found := _hours(plain)):
-            hours = found
+        elif (not hours or latest == place - 1) and (found := _hours(plain)):
+            hours.append(found)
+            latest = place
         elif price is None and (m := _PRICE.search(plain)):
-            low = float(next(g for g in (m[1], m[3], m[4]) if g))
-            price = (low, float(m[2]) if m[2] else low)
+            low = number_of(next(g for g in (m[1], m[3], m[4]) if g))
+            price = (low, number_of(m[2]) if m[2] else low)
         elif price is None and _FREE.search(plain) and len(plain) <= 12:
             price = (0.0, 0.0)
         else:
             rest.append(part)
-    return Mention(name, rest[0] if rest else "", rating, price, hours, "，".join(rest[1:]))
+    return Mention(name, rest[0] if rest else "", rating, price, ",".join(hours), "，".join(rest[1:]))
+
+
+def number_of(text: str) -> float:
+    """The value of what `NUMBER` matches."""
+    return float(text.replace(",", ""))
 
 
 def _hours(text: str) -> str:

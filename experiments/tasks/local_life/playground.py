@@ -103,7 +103,7 @@ class Playground:
         return [self.web.passages[place] for place, _ in self.web.rank(query[:LONGEST], self.pages)]
 
     def city_of(self, query: str, city: str) -> str:
-        """The first city that a query names, `city` before others, else `city`."""
+        """`city` where a query names it or none, else the first city of the world that it names."""
         named = {match.lower() for match in self._cities.findall(query)}
         if not named or city.lower() in named:
             return city

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.tasks.base import bucket, read_table
-from experiments.tasks.local_life.paths import Mention, PathHop, boxed, read_path
+from experiments.tasks.local_life.paths import NUMBER, Mention, PathHop, boxed, number_of, read_path
 from experiments.tasks.local_life.questions import Question
 from experiments.tasks.local_life.world import FIELDS, Page, World, frame
 from methods.errors import DataError
@@ -53,7 +53,7 @@ def benchmark(records: Sequence[Mapping], source: str, corpus: str | None) -> tu
         if not all(isinstance(cells[what], str) and cells[what] for what in NEEDED):
             raise DataError("A question has an empty cell", where=f"{source}, row {number + 1}", got=repr(cells)[:120])
         path = read_path(cells["path"])
-        questions.append(_question(cells, path, number))
+        questions.append(_question(cells, path, number, source))
         for hop in path:
             for mention in hop.found:
                 merchant = _merchant(cells["city"], mention)
@@ -62,12 +62,15 @@ def benchmark(records: Sequence[Mapping], source: str, corpus: str | None) -> tu
     return world, questions
 
 
-def _question(cells: Mapping[str, Any], path: Sequence[PathHop], number: int) -> Question:
+def _question(cells: Mapping[str, Any], path: Sequence[PathHop], number: int, source: str) -> Question:
+    hops, level = (None if cells[name] != cells[name] else cells[name] for name in ("hops", "level"))
+    if hops is not None and not re.fullmatch(r"\d+(\.0)?", str(hops)):
+        raise DataError("A hop count is a whole number", where=f"{source}, row {number + 1}", got=repr(hops)[:60])
     return Question(
         id=f"q{number}",
         city=cells["city"],
-        level=str(cells["level"] or "all"),
-        hops=int(cells["hops"] or len(path)),
+        level=str(level or "all"),
+        hops=int(hops or len(path)),
         text=cells["text"],
         hop_queries=tuple(hop.query for hop in path),
         reference=cells["reference"],
@@ -123,8 +126,8 @@ def merchants_of(path: str) -> World:
 def _cell(name: str, value: Any) -> Any:
     """A cell in our type; what cannot be a number is unknown."""
     if name in ("rating", "avg_price", "x", "y"):
-        found = re.search(r"-?\d+(?:\.\d+)?", str(value))
-        return float(found[0]) if found else math.nan
+        found = re.search(rf"-?{NUMBER}", str(value))
+        return number_of(found[0]) if found else math.nan
     if name in ("review_count", "closed_weekday"):
         return int(value) if str(value).lstrip("-").isdigit() else {"review_count": 0, "closed_weekday": -1}[name]
     if name in ("reservation", "parking"):

@@ -43,7 +43,7 @@ def make_app(playground: Playground, *, rate: float = RATE, body: int = BODY) ->
         ) from error
     check_range("rate", rate, 0)
     check_range("body", body, 64)
-    app = FastAPI(title="LocalPlayground", docs_url=None, redoc_url=None)
+    app = FastAPI(title="LocalPlayground", openapi_url=None)
     answers = Answers(playground)
 
     def reply(status: int, value: Any) -> Response:
@@ -68,7 +68,9 @@ def make_app(playground: Playground, *, rate: float = RATE, body: int = BODY) ->
         return reply(200, answers.health())
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        if "json" not in request.headers.get("content-type", ""):  # such as what curl -d sends by itself
+            return reply(422, {"error": "body: not read as JSON; send the header content-type: application/json"})
         said = [(".".join(part for part in e["loc"][1:] if isinstance(part, str)), e["msg"]) for e in error.errors()]
         return reply(422, {"error": "; ".join(f"{where or 'body'}: {what}" for where, what in said[:5])})
 
@@ -224,7 +226,7 @@ def serve(app: FastAPI, host: str, port: int, started: Any = lambda url: None) -
             "The service cannot listen there",
             where=f"{host}:{port}",
             got=str(error).rstrip("."),
-            fix="choose another --port",
+            fix="choose another --port or --host",
         ) from error
     with listening:
         started(f"http://{host}:{listening.getsockname()[1]}")

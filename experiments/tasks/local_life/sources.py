@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from experiments.tasks.local_life.generate import generated
 from experiments.tasks.local_life.programs import Solver
 from experiments.tasks.local_life.questions import Draws, Question, make_questions
 from experiments.tasks.local_life.world import World
-from methods.errors import DataError
+from methods.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from experiments.retrieval import Index
@@ -78,16 +79,29 @@ def of_seed(
 def of_path(path: str, corpus: str | None = None) -> Source:
     """A folder that `data.save` wrote, LocalSearchBench's question file, or VitaBench's rows.
 
-    corpus: the release's merchant file; None takes the merchants that its search paths name. DataError for anything
-    that cannot be used.
+    corpus: the release's merchant file; None takes the merchants that its search paths name. What is malformed in it is
+    kept and said on stderr. DataError for anything that cannot be used.
     """
     from experiments.tasks.local_life import data, release
 
     if data.is_world(Path(path).expanduser()):
+        if corpus:
+            raise ConfigError(
+                "A world's folder has merchants of its own", where="task.corpus", got=corpus, fix="leave it out"
+            )
         world, questions = data.load(path)
         return Source(world.source, world, questions)
     world, questions = release.read(path, corpus)
+    if corpus:
+        _say(corpus, "whose opening hours cannot be read (never open)", world.unreadable_hours)
+        _say(corpus, "without coordinates (near nothing)", world.without_coordinates)
     return Source(world.source, world, questions, evaluation_only=True)
+
+
+def _say(corpus: str, what: str, poi_ids: list[str]) -> None:
+    if poi_ids:
+        more = ", ..." if len(poi_ids) > 3 else ""
+        print(f"{corpus}: kept {len(poi_ids)} merchants {what}: {', '.join(poi_ids[:3])}{more}", file=sys.stderr)
 
 
 def index_of(world: World) -> Index:

@@ -73,6 +73,11 @@ class LocalLife(Task):
             check_range(f"task.{key}", getattr(self, key), 1)
         check_range("task.retrieve", self.retrieve, self.show)
         check_range("task.questions", self.questions, 0)
+        if self.corpus and not self.path:
+            raise ConfigError(
+                "A merchant file belongs to a file of questions", where="task.corpus", got=self.corpus,
+                fix="give the questions too: task.path=FILE",
+            )  # fmt: skip
         if set(self.world_seeds) != set(SPLITS) or len(set(self.world_seeds.values())) < len(SPLITS):
             raise ConfigError(
                 "Each split needs a world of its own", where="task.world_seeds", got=self.world_seeds,
