@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -274,15 +275,24 @@ def test_bench_writes_a_table(configured):
     assert running.run(configured(engine, "judge=direct")) == path and not engine.asked
 
 
-def test_changed_data_is_another_run(configured):
-    path = running.run(configured(Program(), "judge=longer"))
+@pytest.mark.parametrize("place", ["pairs.jsonl", "folder"])
+def test_changed_data_is_another_run(configured, tmp_path, place):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def job(*words, **rows):
+        cfg = configured(Program(), "judge=longer", f"benchmark.path={tmp_path / place}", *words, **rows)
+        shutil.copy(tmp_path / "pairs.jsonl", folder)
+        return running.run(cfg)
+
+    path = job()
     known = json.loads((path / "run.json").read_text())["data"]["pairs.jsonl"]
     assert known["bytes"] > 0 and len(known["sha256"]) == 64
-    assert running.run(configured(Program(), "judge=longer")) == path  # written anew, the same bytes
+    assert job() == path  # written anew, the same bytes
     rows = [{"id": 1, "prompt": "p", "chosen": "a", "rejected": "bb"}]
-    with pytest.raises(AssayError, match=r"data has changed.*pairs\.jsonl"):
-        running.run(configured(Program(), "judge=longer", rows=rows))
-    assert running.run(configured(Program(), "judge=longer", "overwrite=true", rows=rows)) == path
+    with pytest.raises(AssayError, match=r"has changed since.*pairs\.jsonl"):
+        job(rows=rows)
+    assert job("overwrite=true", rows=rows) == path
 
 
 def test_failed_requests_leave_the_run_unfinished(configured):
