@@ -379,3 +379,17 @@ def test_level_follows_relevance_in_the_metrics():
         ranks = [rankdata(x[there]) for x in (a, b)]
         plain = float(np.corrcoef(*ranks)[0, 1]) if all(len(set(r)) > 1 for r in ranks) else NAN
         assert repr(measures.rank_correlation(a.tolist(), b.tolist())) == repr(plain)
+
+
+def test_means_leave_out_what_is_unknown_and_trajectories_that_zipped_nothing():
+    def turn(quality):
+        scores = dict.fromkeys(measures.SCORES, 1.0) | {"q_com": quality, "kept": 1.0, "source": 4.0}
+        return Turn(0, 0, 1, "call", scores=scores)
+
+    def traj(*turns):
+        return Trajectory("r", 0, 0, [Segment([1, 2], [3])], turns=list(turns))
+
+    found = measures.of_trajectories([traj(turn(0.5), turn(NAN)), traj(Turn(0, 0, 1, "answer"))])
+    assert found["quality"][0] == 0.5 and found["compression"][0] == 0.25
+    assert math.isnan(found["quality"][1]) and math.isnan(found["compression"][1])
+    assert found["finished"] == [0.0, 1.0] and found["peak_prompt"] == [2.0, 2.0]
